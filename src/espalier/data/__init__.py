@@ -1,0 +1,1 @@
+"""Files to Examples: reading with file and line, formats, the check."""

@@ -1,0 +1,1 @@
+"""The prompt tree: what is computed, and once."""
