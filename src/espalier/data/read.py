@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+
+from espalier.data.json_lines import read_lines
+from espalier.data.rows import BadRow, Notice, Number, RawRow, silent
+from espalier.data.source import Source, check_encoding, check_head_encoding, expand, opened
+from espalier.errors import DataError
+
+__all__ = ["BadRow", "Notice", "Number", "RawRow", "read_rows"]
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row as it stands in the file. `line` is 1-based: where the row begins; for Parquet the row's number."""
+def read_rows(
+    files: Sequence[str], *, encoding: str | None = None, notice: Notice | None = None
+) -> Iterator[RawRow | BadRow]:
+    """Rows of all files, in order, lazily. Raises DataError where a whole file cannot be read.
 
-    fields: dict[str, Any]
-    file: str
-    line: int
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """One row that cannot be used, and why. `text` is the raw text (cut to a bounded length) for the rejects file."""
-
-    file: str
-    line: int
-    reason: str
-    text: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
+    `notice` is told, in one sentence each, what was decided about a file.
+    """
+    if encoding is not None:
+        encoding = check_encoding(encoding)
+    notice = notice or silent
+    for name in expand(files):
+        with opened(name, encoding, notice) as source:
+            rows = 0
+            for row in _rows_of(source, notice):
+                rows += 1
+                yield row
+        if not rows:
+            raise DataError("no rows: the file holds only blank lines", where=name)
 
 
-def read_rows(files: Sequence[str], *, encoding: str | None = None) -> Iterator[RawRow | BadRow]:
-    """Rows of all files, in order, lazily. Raises DataError where a whole file cannot be read."""
-    raise NotImplementedError
+def _rows_of(source: Source, notice: Notice) -> Iterator[RawRow | BadRow]:
+    check_head_encoding(source)
+    yield from read_lines(source, notice)
