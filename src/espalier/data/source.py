@@ -27,6 +27,7 @@ from espalier.data.rows import Notice
 from espalier.errors import DataError, UsageError
 
 HEAD_BYTES = 1 << 20  # what decides a file's kind; also the size of one read
+PARQUET_MAGIC = b"PAR1"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _MARKS = [  # the longest first: UTF-32's little-endian mark begins as UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
@@ -192,6 +193,13 @@ def opened(name: str, encoding: str | None, notice: Notice) -> Iterator[Source]:
         if name == "-" or not os.path.isfile(name):
             source.path = _spool(source, sys.stdin.buffer if name == "-" else open(name, "rb"))  # noqa: SIM115
         _look(source)
+        if source.head.startswith(PARQUET_MAGIC):
+            if source.compression:  # Parquet is read from its end, which a compressed stream cannot give
+                with source.open() as stream:
+                    source.path = _spool(source, stream)
+                source.compression = ""
+            yield source
+            return
         _find_mark(source, encoding, notice)
         if codecs.lookup(source.encoding).name.startswith(("utf-16", "utf-32")):
             _rewrite_as_utf8(source)
