@@ -142,3 +142,141 @@ def _explicit(
 
 AttentionInterface.register(_PREFIX + "reference", reference_attention)
 AttentionMaskInterface.register(_PREFIX + "reference", _reference_mask)
+
+
+def _is_marker(mask: torch.Tensor | None) -> bool:
+    return mask is not None and mask.numel() == 0
+
+
+def _merged_mask(
+    *,
+    mask_function: Callable[..., Any],
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """An empty tensor where the layer sees its whole past (no mask is needed), else the dense mask of its rule."""
+    layout = _active.get()
+    if layout is None:
+        return sdpa_mask(
+            mask_function=mask_function,
+            use_vmap=use_vmap,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **kwargs,
+        )
+    sees_all = local_size is None or local_size > layout.max_position
+    if sees_all and allow_is_causal_skip and not use_vmap:
+        return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=layout.device)
+    return _tree_rule(layout, mask_function, use_vmap)
+
+
+def merged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention without a mask: one call of torch's flash kernel a segment. Shapes as in reference_attention.
+
+    What the kernel cannot do (dropout, soft-capping, sinks, a value width of its own, a window that cuts the tree) goes
+    to reference_attention, layer by layer.
+    """
+    layout: TreeLayout | None = kwargs.get(TREE_KEYWORD)
+    if _is_marker(attention_mask):
+        if layout is None:
+            raise ModelError(
+                f"{type(module).__name__} does not receive the model's forward keywords, which carry the tree",
+                todo="Choose --attention reference.",
+            )
+        plain_kernel = dropout == 0.0 and softcap is None and s_aux is None and query.shape[-1] == value.shape[-1]
+        if plain_kernel:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return _Merged.apply(query, key, value, layout, scale), None  # type: ignore[no-untyped-call]
+        attention_mask = layout.causal_mask
+    return reference_attention(
+        module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, s_aux=s_aux, **kwargs
+    )
+
+
+# In 16 bits the kernel's backward is several times slower than in float32 up to about this many queries.
+_SHORT_QUERIES = 192
+
+
+class _Merged(torch.autograd.Function):
+    """Exact attention over a tree from causal calls alone.
+
+    A segment's descendants follow it in the pack, so one causal call with queries [segment and all its descendants] and
+    keys [segment] serves the segment's own triangle and every descendant's view of it: the kernel aligns the
+    triangle at the top left, and all later queries see all keys. A token's output is the average of its parts,
+    weighted by exp(log-sum-exp). The backward hands the kernel the *merged* output and log-sum-exp for every part:
+    with p = exp(s - lse) and delta = rowsum(grad * output), both of the whole row, the parts' gradients add up to
+    the whole (the identity that FlashAttention's blocks rest on, arXiv 2205.14135).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TreeLayout, scale: float
+    ) -> torch.Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        _, heads, tokens, width = query.shape
+        nested = any(parent >= 0 for parent in layout.parent)
+        # Parts are weighted and added in float32; without a tree there is nothing to add.
+        output = query.new_empty((1, tokens, heads, width), dtype=torch.float32 if nested else query.dtype)
+        merged = output.transpose(1, 2)  # [1, H, T, D]
+        lse = query.new_empty((1, heads, tokens), dtype=torch.float32)
+        for begin, end, last, parent in layout.segments():
+            own = slice(begin, last)
+            part, part_lse = kernel(
+                query[:, :, own], key[:, :, begin:end], value[:, :, begin:end], 0.0, True, scale=scale
+            )
+            if parent < 0:
+                merged[:, :, own], lse[:, :, own] = part, part_lse
+                continue
+            before = lse[:, :, own]
+            after = torch.logaddexp(before, part_lse)
+            merged[:, :, own].mul_((before - after).exp_().unsqueeze(-1))
+            merged[:, :, own].addcmul_(part, (part_lse - after).exp_().unsqueeze(-1))
+            lse[:, :, own] = after
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, key, value, output, lse = ctx.saved_tensors
+        grad_output, output = grad_output.transpose(1, 2), output.transpose(1, 2)
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        for begin, end, last, parent in ctx.layout.segments():
+            own, keys = slice(begin, last), slice(begin, end)
+            wide = query.dtype if last - begin > _SHORT_QUERIES else torch.float32
+            part = kernel(
+                grad_output[:, :, own].to(wide),
+                query[:, :, own].to(wide),
+                key[:, :, keys].to(wide),
+                value[:, :, keys].to(wide),
+                output[:, :, own].to(wide),
+                lse[:, :, own],
+                0.0,
+                True,
+                scale=ctx.scale,
+            )
+            if parent < 0:
+                grads[0][:, :, own] = part[0]
+            else:
+                grads[0][:, :, own] += part[0]
+            grads[1][:, :, keys], grads[2][:, :, keys] = part[1], part[2]
+        return *grads, None, None
+
+
+AttentionInterface.register(_PREFIX + "merged", merged_attention)
+AttentionMaskInterface.register(_PREFIX + "merged", _merged_mask)

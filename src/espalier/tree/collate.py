@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +34,10 @@ class TreeLayout:
         self.max_position = int(pack.position_ids.max())
         self.device = device
         self.positions = torch.from_numpy(pack.position_ids.astype(np.int64)).to(device)
+
+    def segments(self) -> Iterator[tuple[int, int, int, int]]:
+        """(start, end, end of its subtree, parent) of each segment, parents first."""
+        return zip(self.start, self.end, self.subtree_end, self.parent, strict=True)
 
     @cached_property
     def ancestry(self) -> torch.Tensor:
