@@ -136,7 +136,7 @@ def _make_folder(model: EmbeddedModel, scratch: Path, folder: Path) -> str:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's model as bf16 safetensors with tokenizer, chat template and generation config."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The GGUF reader's own bar does not heed transformers' switch; errors come as exceptions, not on stderr.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
@@ -145,11 +145,23 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent),
             gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
+            **convert_gguf_arguments(),
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def convert_gguf_arguments() -> dict[str, Any]:
+    """Keyword arguments of from_pretrained that unpack a GGUF file's weights.
+
+    transformers from 5.24 on keeps them packed unless told otherwise; earlier versions have no GgufConfig and always
+    unpack.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def restore_digit_split(tokenizer: Any, gguf: Path) -> None:
@@ -172,8 +184,9 @@ def restore_digit_split(tokenizer: Any, gguf: Path) -> None:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bars and notices off the screen for a piece of work that we report ourselves."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

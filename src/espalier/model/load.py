@@ -1,137 +1,231 @@
-"""A base model by any name: where it is, its tokenizer, config and weights, and the device and precision for it.
+"""A base model's config, tokenizer and weights, each checked, with errors a user can act on.
 
-Nothing here imports torch or transformers before it is needed, so that a wrong name costs no waiting.
+The names of locate.py (where a model is) and hardware.py (device and precision) are given here too. Nothing here
+imports torch or transformers before it is needed.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from dataclasses import dataclass
+import contextlib
+import copy
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from espalier.errors import ModelError
-from espalier.model.embedded import EMBEDDED, prepare_embedded, suggest_embedded
+from espalier.model.embedded import convert_gguf_arguments, quiet_transformers, restore_digit_split
+from espalier.model.hardware import choose_device, choose_dtype
+from espalier.model.locate import ModelPath, ModelRef, first_line, resolve_model, weight_problems
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel
 
-Kind = Literal["embedded", "folder", "gguf", "hub"]
+__all__ = [
+    "ModelPath",
+    "check_causal_lm",
+    "check_weights",
+    "choose_device",
+    "choose_dtype",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_model",
+    "sane_generation_config",
+]
+
+# Values that only sampling reads; with do_sample false they do nothing but make the file unsavable.
+SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPath:
-    """A model that was found.
-
-    path: a folder, a .gguf file, or (kind "hub") the hub's name. said: one phrase for the header.
-    name: what to write down for others (never a path of this machine).
-    """
-
-    path: Path | str
-    kind: Kind
-    said: str
-    name: str = ""
-
-
-def resolve_model(name: str | os.PathLike[str]) -> ModelPath:
-    """Find the model that --model_path means: an embedded name, a local folder, a .gguf file, or a hub name.
-
-    An embedded model is made ready here (see embedded.py). A hub name is looked up in the local cache first, then on
-    the network. A name that looks like a path never goes to the network. Raises ModelError.
-    """
-    text = os.fspath(name).strip()
-    if text in EMBEDDED:
-        folder, source = prepare_embedded(text)
-        return ModelPath(folder, "embedded", f"{EMBEDDED[text].title} from {source}", text)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return ModelPath(path, "folder", f"folder {text}", path.resolve().name)
-    if path.is_file():
-        return ModelPath(path, "gguf", f"GGUF file {text}", path.name)
-    return ModelPath(text, "hub", f"hub model {text}", text)
-
-
-def _source(ref: ModelPath | str | Path) -> tuple[str, dict[str, Any]]:
-    """What from_pretrained takes for `ref`: (folder or name, keyword arguments)."""
-    if not isinstance(ref, ModelPath):
-        return str(ref), {}
-    if ref.kind == "gguf":
-        return str(Path(ref.path).parent), {"gguf_file": Path(ref.path).name}
-    return str(ref.path), {}
-
-
-def load_tokenizer(ref: ModelPath | str | Path, trust_remote_code: bool = False) -> Any:
-    from transformers import AutoTokenizer
-
-    where, extra = _source(ref)
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
-
-
-def load_config(ref: ModelPath | str | Path, trust_remote_code: bool = False) -> Any:
+def load_config(ref: ModelRef, trust_remote_code: bool = False) -> Any:
+    """The model's config. Raises ModelError where there is none or transformers does not know its kind."""
     from transformers import AutoConfig
 
     where, extra = _source(ref)
-    return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    with _clear_errors(ref, "its config cannot be read"):
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+
+
+def load_tokenizer(ref: ModelRef, trust_remote_code: bool = False) -> Any:
+    """The tokenizer with its chat template. `ref` may be an adapter's folder too. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    where, extra = _source(ref)
+    with _clear_errors(ref, "its tokenizer cannot be loaded"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        if "gguf_file" in extra:
+            restore_digit_split(tokenizer, Path(where) / extra["gguf_file"])
+        return tokenizer
 
 
 def load_model(
-    ref: ModelPath | str | Path,
+    ref: ModelRef,
     *,
     device: str,
     dtype: torch.dtype,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    """The causal language model in eval mode, on `device`, its weights in `dtype`.
 
+    Raises ModelError for a model that is no causal language model, for a quantised one that cannot be trained, and
+    for missing, damaged or incomplete weights: nothing is ever filled with random numbers.
+    """
+    import transformers
+
+    auto_model: Any = transformers.AutoModelForCausalLM
     where, extra = _source(ref)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        where, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **extra
-    )
-    return model.to(device)
+    check_causal_lm(load_config(ref, trust_remote_code), said=_said(ref))
+    check_weights(ref)
+    if "gguf_file" in extra:
+        extra |= convert_gguf_arguments()
+    if device != "cpu":
+        extra["device_map"] = {"": device}  # straight to the device: no second copy in the host's memory
+    with _clear_errors(ref, "its weights cannot be loaded"):
+        model, info = auto_model.from_pretrained(
+            where,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **extra,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{len(missing)} tensors that {type(model).__name__} needs are not in the weights file",
+            where=_said(ref),
+            details=missing[:5],
+            todo="Give a whole model; a headless or partly copied one cannot be trained.",
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
-def choose_device(use_cpu: bool = False) -> tuple[str, str]:
-    """(device, reason): the accelerator that PyTorch sees, else the CPU."""
-    import torch
+def check_causal_lm(config: Any, said: str = "the model") -> None:
+    """Raise ModelError unless `config` is a causal language model that can be trained here."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    if use_cpu:
-        return "cpu", "asked for with --use_cpu"
-    if torch.cuda.is_available():
-        return "cuda", torch.cuda.get_device_name()
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found is not None:
-        return found.type, f"PyTorch sees a device of kind {found.type}"
-    return "cpu", "PyTorch sees no accelerator"
-
-
-def choose_dtype(device: str, requested: str | None = None) -> tuple[torch.dtype, str]:
-    """(dtype of the base, reason). `requested` is "bf16", "fp16", "fp32" or None."""
-    import torch
-
-    if requested == "fp32":
-        return torch.float32, "asked for"
-    best, reason = _best_dtype(device)
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, None: best}
-    if names[requested] == best:
-        return best, reason
-    return best, f"{requested} was asked for, but {reason}"
+    known = CAUSAL.get(config.model_type)
+    architectures = list(config.architectures or [])
+    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        decoder = getattr(config, "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
+        causal = [name for name in architectures if name == known or name.endswith(("ForCausalLM", "LMHeadModel"))]
+        if not (causal if architectures else known and decoder):
+            kind = architectures[0] if architectures else f"of type {config.model_type}"
+            raise ModelError(
+                f"the model is {kind}, which is no causal language model",
+                where=said,
+                todo="Give one whose config.json names an architecture ...ForCausalLM (Llama, Qwen, Gemma, Phi, ...).",
+            )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        _check_quantization(quantization, said)
 
 
-def _best_dtype(device: str) -> tuple[torch.dtype, str]:
-    import torch
+def _check_quantization(quantization: Any, said: str) -> None:
+    """Only bitsandbytes weights have a backward pass that LoRA here is tried with; the rest is refused by name."""
+    from importlib.util import find_spec
 
-    if device.startswith("cuda"):
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return torch.bfloat16, f"this GPU (compute capability {major}.{minor}) multiplies bf16 fast"
-        return torch.float16, f"this GPU (compute capability {major}.{minor}) has no fast bf16: fp16 with a scaler"
-    if device == "cpu":
-        if torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16, "this CPU multiplies bf16 fast (AMX)"
-        if torch.cpu._is_avx512_bf16_supported():
-            return torch.bfloat16, "this CPU multiplies bf16 fast (AVX512_BF16)"
-        return torch.float32, "this CPU has no fast bf16"
-    return torch.float32, f"bf16 on {device} has not been measured"
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method", "unknown")))
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"the weights are quantised ({method}) and cannot be trained with LoRA here",
+            where=said,
+            todo="Give the original model. Trainable kinds: not quantised, GGUF (unpacked), bitsandbytes 4 or 8 bit.",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "the weights are quantised by bitsandbytes, which is not installed",
+            where=said,
+            todo="pip install bitsandbytes, or give the original model.",
+        )
+
+
+def check_weights(ref: ModelRef) -> None:
+    """Raise ModelError where a local folder's weights are missing, incomplete or damaged; reads headers only."""
+    where, extra = _source(ref)
+    if "gguf_file" in extra or not Path(where).is_dir():
+        return
+    problems = weight_problems(Path(where))
+    if not problems:
+        return
+    repair = "Copy or download the model again."
+    if isinstance(ref, ModelPath) and ref.kind == "embedded":
+        repair = "Delete this folder; it is made again at the next start."
+    raise ModelError("the model's weights are not whole", where=where, details=problems[:10], todo=repair)
+
+
+def sane_generation_config(source: PreTrainedModel | ModelRef) -> tuple[GenerationConfig, list[str]]:
+    """(a generation config that can be saved, notices about what was repaired) of a model, folder or name.
+
+    Values that only sampling reads are dropped where do_sample is false: they had no effect, and transformers refuses
+    to save them, which would be found out hours later. The model's own config is not changed.
+    """
+    from transformers import GenerationConfig
+
+    if isinstance(source, (ModelPath, str, Path)):
+        where, _ = _source(source)
+        with quiet_transformers():
+            try:
+                config = GenerationConfig.from_pretrained(where)
+            except OSError:  # the model has none: what its config says
+                return GenerationConfig.from_model_config(load_config(source)), []
+            except ValueError as error:
+                notice = f"generation config: taken from config.json, generation_config.json is invalid: {error}"
+                return GenerationConfig.from_model_config(load_config(source)), [notice]
+    else:
+        config = copy.deepcopy(source.generation_config)
+    assert config is not None
+    if _can_be_saved(config) is None:
+        return config, []
+    dropped = []
+    if not config.do_sample:
+        for name in SAMPLING_ONLY:
+            if getattr(config, name, None) is not None:
+                dropped.append(f"{name}={getattr(config, name)}")
+                setattr(config, name, None)
+    problem = _can_be_saved(config)
+    if problem is None:
+        return config, [f"generation config: dropped {', '.join(dropped)} (without effect: do_sample is false)"]
+    kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    bare: Any = GenerationConfig
+    return bare(**kept), [f"generation config: kept only the token ids, the rest is invalid: {problem}"]
+
+
+def _can_be_saved(config: GenerationConfig) -> str | None:
+    """None where transformers would save `config`, else its complaint on one line."""
+    try:
+        with quiet_transformers():
+            config.validate(strict=True)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _source(ref: ModelRef) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained takes for `ref`: (folder or hub name, keyword arguments)."""
+    path = ref.path if isinstance(ref, ModelPath) else ref
+    if str(path).lower().endswith(".gguf") or (isinstance(ref, ModelPath) and ref.kind == "gguf"):
+        return str(Path(path).parent), {"gguf_file": Path(path).name}
+    return str(path), {}
+
+
+def _said(ref: ModelRef) -> str:
+    return str(ref.path if isinstance(ref, ModelPath) else ref)
+
+
+@contextlib.contextmanager
+def _clear_errors(ref: ModelRef, what: str) -> Iterator[None]:
+    """Turn what the libraries raise for a user's model into one ModelError that keeps their first line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, NotImplementedError) as error:
+        todo = "Check that the model is whole and that this version of transformers knows it."
+        if "trust_remote_code" in str(error):
+            todo = "The model brings its own code. If you trust its author, add --trust_remote_code."
+        raise ModelError(f"{what}: {first_line(error)}", where=_said(ref), todo=todo) from error
