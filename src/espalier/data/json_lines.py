@@ -40,7 +40,7 @@ def read_lines(source: Source, notice: Notice) -> Iterator[RawRow | BadRow]:
                 for row in parse_line(text, source.name, number):
                     if isinstance(row, list):
                         arrays += 1
-                        row = RawRow(row[0], source.name, number, text)
+                        row = RawRow(row[0], source.name, number, text.strip()[1:-1].strip())
                     yield row
     if arrays:
         notice(f"{source.name}: {arrays} lines are lists of one object; read as that object")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 MAX_RAW_CHARS = 10_000  # of a bad row's text: enough to recognise it, bounded for the rejects file
 Notice = Callable[[str], None]
+_NUMBER = re.compile(r"\b\d+\b")
 
 
 class Number(str):
@@ -42,7 +44,7 @@ class RawRow:
 class BadRow:
     """One row that cannot be used, and why. `text` is the raw text (cut to a bounded length) for the rejects file.
 
-    `reason` reads "what is wrong (details)": reports group rows by the part before the bracket.
+    `reason` reads "what is wrong (details)": reports group rows by the part before the bracket, numbers apart.
     """
 
     file: str
@@ -55,8 +57,8 @@ class BadRow:
 
     @property
     def kind(self) -> str:
-        """The reason without its details: what rows are grouped by."""
-        return self.reason.partition(" (")[0]
+        """The reason without its details and numbers: what rows are grouped by."""
+        return _NUMBER.sub("N", self.reason.partition(" (")[0])
 
 
 def silent(message: str) -> None:

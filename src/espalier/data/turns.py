@@ -194,8 +194,8 @@ def _weights(weights: Sequence[float], train: Sequence[bool], fields: Mapping[st
     row = number_of(fields.get("weight"), "weight")
     if row == 0:
         raise Refused("nothing to learn (the row has weight 0)")
-    factors = tuple(row * weight for weight in weights)
-    return () if all(f == 1 for f, learnt in zip(factors, train, strict=True) if learnt) else factors
+    factors = tuple(row * weight if learnt else 1.0 for weight, learnt in zip(weights, train, strict=True))
+    return () if all(factor == 1 for factor in factors) else factors
 
 
 def _turn(turn: Any, number: int, said: Said) -> tuple[dict[str, Any], bool, float]:
