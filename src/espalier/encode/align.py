@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from espalier.encode.spans import Rendered, RowRefused, Span, render_rows
+from espalier.encode.spans import Rendered, RowRefused, Span, one_turn, render_rows
 from espalier.encode.template import ChatTemplate
 
 SPLIT_MERGE = "tokens merge over the border between prompt and answer: each answer became a row of its own"
@@ -146,7 +146,7 @@ class Aligner:
         for span in spans:
             end = ids[span.end - 1]
             if end in self.specials and ids.count(end) > len(spans) and end in ids[span.start : span.end - 1]:
-                raise RowRefused(f"control token: the answer holds {self.template.tokenizer.decode([end])!r}")
+                raise RowRefused(f"the answer holds the end token ({self.template.tokenizer.decode([end])!r})")
 
     def _prompt_notes(self, row: Rendered, encoding: Any, spans: Sequence[TokenSpan]) -> tuple[str, ...]:
         if self.unk_id is None or self.unk_id not in encoding.ids:
@@ -170,7 +170,7 @@ class Aligner:
         prompt, answer = row.text[: span.start], row.text[span.start : span.end]
         unknown = self._unknown(answer)
         if unknown:
-            raise RowRefused(f"unknown characters: the tokenizer cannot write {unknown!r} in the answer")
+            raise RowRefused(f"the answer holds characters that the tokenizer cannot write ({unknown!r})")
         prompt_ids = list(self._ids_of(prompt))
         tail = self._tail(row, span)
         for answer_ids in (list(self._ids_of(answer)), self._after_newline(answer)):
@@ -184,7 +184,7 @@ class Aligner:
             place = TokenSpan(len(prompt_ids), len(ids), span.weight, span.message)
             self._check_ends(row, ids, [place])
             return [Tokenised(ids, (place,), row, notes)]
-        raise RowRefused("tokenizer: no way of tokenising the answer after its prompt decodes to the answer's text")
+        raise RowRefused("the tokenizer does not give the answer's text back after its prompt")
 
     def _after_newline(self, answer: str) -> list[int]:
         """Ids of the answer as it stands after a newline: tokenizers that mark a text's beginning then do not."""
@@ -203,8 +203,6 @@ class Aligner:
 
 
 def _single_answer_rows(template: ChatTemplate, row: Rendered) -> list[Rendered]:
-    from espalier.encode.spans import one_turn
-
     notes = (*row.notes, SPLIT_MERGE)
     if row.example.text is not None:
         return [Rendered(row.text[: span.end], (span,), row.example, notes) for span in row.spans]

@@ -8,6 +8,7 @@ import random
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ def unique_tokens(rows: Sequence[npt.NDArray[np.int32]]) -> int:
     """
     ordered = sorted(rows, key=lambda ids: ids.astype(">i4").tobytes())
     shared = 0
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         length = min(len(one), len(other))
         differs = np.flatnonzero(one[:length] != other[:length])
         shared += int(differs[0]) if len(differs) else length
@@ -129,7 +130,7 @@ def unique_tokens(rows: Sequence[npt.NDArray[np.int32]]) -> int:
 def prompt_sharing(
     rows: Sequence[npt.NDArray[np.int32]], chance: random.Random, rows_a_step: int = ROWS_A_STEP
 ) -> dict[str, Any] | None:
-    """What a tree saves in steps of rows drawn at random: mean logical and unique tokens a step, and the share saved."""
+    """What a tree saves in steps of random rows: mean logical and unique tokens a step, and the share saved."""
     steps = len(rows) // rows_a_step
     if not steps:
         return None

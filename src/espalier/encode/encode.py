@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,11 +14,13 @@ import numpy.typing as npt
 from espalier.data.formats import Example
 from espalier.data.read import BadRow
 from espalier.encode.align import Aligner, Tokenised
-from espalier.encode.spans import Rendered, RowRefused, render_rows, render_text
+from espalier.encode.length import Fitted, fit
+from espalier.encode.spans import Rendered, RowRefused, render_rows, render_text, text_markers, trained_turns
 from espalier.encode.template import ChatTemplate, Message
 from espalier.errors import UsageError
 
 IGNORE_INDEX = -100
+TOO_LONG = "too long"  # how the reason of a row begins that the length policy leaves out
 Overlength = Literal["drop", "truncate_prompt", "split", "error"]
 TrainOn = Literal["all", "last"]
 
@@ -39,12 +43,17 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one example: its rows, or why it was left out; what should be said; its tokens before the policy."""
+    """What became of one example.
+
+    rows, or bad with the reason why there are none; notes: what should be said, in fixed sentences that can be
+    counted; num_tokens: the example's length before the length policy (its longest row); key: see prompt_key.
+    """
 
     rows: tuple[Encoded, ...] = ()
     bad: BadRow | None = None
     notes: tuple[str, ...] = ()
     num_tokens: int = 0
+    key: int = 0
 
 
 class Encoder:
@@ -97,7 +106,7 @@ class Encoder:
         outcomes = []
         for example, rows in zip(examples, rendered, strict=True):
             if isinstance(rows, RowRefused):
-                outcomes.append(Outcome(bad=_bad(example, str(rows))))
+                outcomes.append(Outcome(bad=bad_row(example, str(rows))))
             else:
                 outcomes.append(self._outcome(example, [next(tokenised) for _ in rows]))
         return outcomes
@@ -114,18 +123,56 @@ class Encoder:
         rows: list[Tokenised] = []
         for part in parts:
             if isinstance(part, RowRefused):
-                return Outcome(bad=_bad(example, str(part)))
+                return Outcome(bad=bad_row(example, str(part)))
             rows += part
         num_tokens = max(len(row.ids) for row in rows)
-        notes = tuple(dict.fromkeys(note for row in rows for note in row.notes))
+        extra: tuple[str, ...] = ()
         if self.max_length is not None and num_tokens > self.max_length:
-            reason = f"too long: {num_tokens} tokens, limit {self.max_length}"
-            return Outcome(bad=_bad(example, reason), num_tokens=num_tokens)
-        return Outcome(tuple(to_encoded(row, example) for row in rows), None, notes, num_tokens)
+            fitted = self._fit(example, self.max_length)
+            if not fitted.rows:
+                reason = f"{TOO_LONG} ({num_tokens} tokens, limit {self.max_length})"
+                return Outcome(bad=bad_row(example, reason), num_tokens=num_tokens)
+            rows, extra = fitted.rows, fitted.notes
+        notes = tuple(dict.fromkeys([*(note for row in rows for note in row.notes), *extra]))
+        encoded = tuple(to_encoded(row, example) for row in rows)
+        return Outcome(encoded, None, notes, num_tokens, prompt_key(example, self.template))
+
+    def _fit(self, example: Example, limit: int) -> Fitted:
+        """Rows within the limit by the length policy; none where the policy leaves the example out."""
+        if self.overlength in ("drop", "error") or example.text is not None:
+            return Fitted([], ())
+        turns = trained_turns(example, self.train_on)
+        cut_text = self.overlength == "truncate_prompt"
+        return fit(example, turns, limit, self._tokenise_one, self._offsets, cut_text=cut_text)
+
+    def _tokenise_one(self, example: Example) -> list[Tokenised]:
+        rows: list[Tokenised] = []
+        for part in self.aligner.tokenise(render_rows(self.template, example)):
+            if isinstance(part, RowRefused):
+                raise part
+            rows += part
+        return rows
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        return list(self.aligner.backend.encode(text, add_special_tokens=False).offsets)
 
 
-def _bad(example: Example, reason: str) -> BadRow:
-    return BadRow(example.file, example.line, reason)
+def bad_row(example: Example, reason: str) -> BadRow:
+    """A BadRow for an example, with its content (cut to 2,000 characters) for the rejects file."""
+    content = {"text": example.text} if example.text is not None else {"messages": list(example.messages)}
+    return BadRow(example.file, example.line, reason, json.dumps(content, ensure_ascii=False, default=str)[:2000])
+
+
+def prompt_key(example: Example, template: ChatTemplate) -> int:
+    """64 bits that are equal for examples with the same prompt: all that stands before the first learnt answer."""
+    if example.text is not None:
+        marker = text_markers(template)[0]
+        prompt: Any = example.text.split(marker, 1)[0]
+    else:
+        turns = trained_turns(example)
+        prompt = [[m["role"], m.get("content")] for m in example.messages[: turns[0] if turns else None]]
+    text = json.dumps(prompt, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 def to_encoded(row: Tokenised, example: Example) -> Encoded:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from espalier.data.formats import Example
@@ -90,13 +91,13 @@ def render_rows(template: ChatTemplate, example: Example, train_on: str = "all")
     """The row or rows that one conversation gives. Raises RowRefused with the reason."""
     turns = trained_turns(example, train_on)
     if not turns:
-        raise RowRefused("no answer: no assistant turn with a text to learn")
+        raise RowRefused("no answer (no assistant turn with a text to learn)")
     flagged = sum(m["role"] == "assistant" and flag for m, flag in zip(example.messages, example.train, strict=True))
     notes = (EMPTY_ANSWER,) if train_on == "all" and flagged > len(turns) else ()
     try:
         return _render(template, example, turns, notes)
     except TemplateError as error:
-        raise RowRefused(f"the template refuses: {error.what}") from error
+        raise RowRefused(f"the template refuses the conversation ({error.what})") from error
 
 
 def one_turn(example: Example, turn: int) -> Example:
@@ -183,7 +184,7 @@ class _Place:
 
 
 def _place(template: ChatTemplate, messages: Sequence[Message], turn: int, tools: Sequence[Any]) -> _Place | None:
-    """Answer `turn` in upto_turn, or None where the prompt does not begin it. Raises RowRefused without an end token."""
+    """Answer `turn` in upto_turn; None where the prompt does not begin it. Raises RowRefused without an end token."""
     text = template.render(messages[: turn + 1], tools=tools)
     if turn > 0:
         prompt = template.render(messages[:turn], generation_prompt=True, tools=tools)
@@ -197,7 +198,7 @@ def _place(template: ChatTemplate, messages: Sequence[Message], turn: int, tools
             return None
     end = template.turn_end(text[start:])
     if end is None:
-        raise RowRefused(f"no end token: the template writes none after the answer ({text[-20:]!r})")
+        raise RowRefused(f"no end token (the template writes none after the answer: ...{text[-20:]!r})")
     return _Place(text, start, start + end)
 
 
@@ -210,7 +211,7 @@ def _by_turns(template: ChatTemplate, example: Example, turns: list[int], notes:
         if place is None:
             if len(turns) > 1:
                 return None
-            raise RowRefused("the template's prompt is not the beginning of the conversation that it renders")
+            raise RowRefused("the template's prompt does not begin the conversation that it renders")
         if not full.startswith(place.text[: place.end]):
             return None
         spans.append(Span(place.start, place.end, _weight(example, turn), turn))
@@ -239,17 +240,18 @@ def render_text(template: ChatTemplate, example: Example, train_on: str = "all")
         start = found + len(marker)
         end = text.find(end_token, start)
         if end < 0:
-            raise RowRefused(f"no end token: the last answer has no {end_token!r} after it")
+            raise RowRefused(f"no end token (an answer has no {end_token!r} after it)")
         if text[start:end].strip():
             spans.append(Span(start, end + len(end_token), example.weights[0] if example.weights else 1.0))
         position = end + len(end_token)
     if not spans:
-        raise RowRefused(f"no answer: the text holds no {marker!r} with a text after it")
+        raise RowRefused(f"no answer (the text holds no {marker!r} with a text after it)")
     if train_on == "last":
         spans = spans[-1:]
     return Rendered(text[: spans[-1].end], tuple(spans), example)
 
 
+@lru_cache(maxsize=8)
 def text_markers(template: ChatTemplate) -> tuple[str, str, str]:
     """(answer marker, end token, start token or '') of a template: '<s>Assistant:', '</s>', '<s>' for atom."""
     mark = "\ue0000\ue001"
@@ -258,7 +260,7 @@ def text_markers(template: ChatTemplate) -> tuple[str, str, str]:
         prompt = template.render([user], generation_prompt=True)
         whole = template.render([user, answer])
     except TemplateError as error:
-        raise RowRefused(f"the template refuses: {error.what}") from error
+        raise RowRefused(f"the template refuses the conversation ({error.what})") from error
     after = prompt[prompt.index(mark) + len(mark) :]
     specials = list(template.special_pattern.finditer(after))
     marker = after[specials[-1].start() :] if specials else after.lstrip("\n")

@@ -66,7 +66,7 @@ def input_joiner(name_or_text: str) -> str:
     return INPUT_SENTENCES.get(name_or_text, name_or_text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """A chat template bound to its tokenizer. `source` says whose it is, `reason` why it was taken."""
 
@@ -96,6 +96,13 @@ class ChatTemplate:
             # A template that adds None to a text, or asks for a key that the message lacks.
             raise TemplateError(f"{type(error).__name__}: {error}") from error
         return str(text)
+
+    def try_render(self, messages: Sequence[Message]) -> str:
+        """As render with the generation prompt, or the template's refusal as text."""
+        try:
+            return self.render(messages, generation_prompt=True)
+        except TemplateError as error:
+            return error.what
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -157,7 +164,7 @@ def _common_prefix(a: str, b: str) -> int:
 
 
 def resolve_template(tokenizer: Any, name_or_path: str | None = None) -> ChatTemplate:
-    """The chat template to use: a built-in name, a jinja file, or None for the tokenizer's own (`plain` if it has none).
+    """The chat template to use: a built-in name, a jinja file, or None for the tokenizer's own (`plain` without one).
 
     A template that is not the tokenizer's own is set on the tokenizer, so that saving the tokenizer saves it.
     Raises TemplateError for an unknown name, a file that cannot be read, a template that renders nothing usable, and
