@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.errors import ModelError
-from espalier.tree.attention import TREE_KEYWORD, set_attention, tree_masks
+from espalier.tree.attention import TREE_KEYWORD, set_attention, takes_stock_mask, tree_masks
 from espalier.tree.collate import PackTensors
 
 # Logits held at once: 16 million of them are 64 MB in float32.
@@ -80,12 +80,16 @@ def tree_loss(
     base = base_of(model)
     rule = logit_rule(base)
     set_attention(base, attention)
+    if takes_stock_mask(base):
+        mask = tensors.layout.causal_mask
+    else:
+        # Ones: without a mask transformers takes jumping positions for packed documents and isolates each branch.
+        mask = torch.ones_like(tensors.input_ids)
     with tree_masks(tensors.layout):
         hidden = _hidden(
             base,
             tensors.input_ids,
-            # Ones: without a mask transformers takes jumping positions for packed documents and isolates each branch.
-            attention_mask=torch.ones_like(tensors.input_ids),
+            attention_mask=mask,
             position_ids=tensors.position_ids,
             **{TREE_KEYWORD: tensors.layout},
         )

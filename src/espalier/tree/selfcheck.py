@@ -1,0 +1,110 @@
+"""A few rows of a run computed both ways, before the run trusts the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from espalier.encode.encode import Encoded
+from espalier.tree.collate import to_tensors
+from espalier.tree.loss import base_of, plain_loss, tree_loss
+from espalier.tree.plan import plan_step
+
+# (relative difference of the mean loss, of the gradient as a vector) that rounding alone explains. A wrong mask gives
+# 0.1 to 1 in both. 16 bits: see benchmarks/tree_cost.py for the spread between two plain runs.
+_TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.float64: (1e-9, 1e-6)}
+_TOLERANCE_16_BITS = (1e-2, 1e-1)
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """Mean loss and gradient norm of the same rows by the tree and by plain padded rows.
+
+    grad_difference: norm of the difference of both gradients, relative to the plain one. tolerance: what the dtype
+    allows, (loss, gradient). shared_tokens: how many tokens the tree saved; 0 means that nothing was tested.
+    """
+
+    loss_tree: float
+    loss_plain: float
+    grad_norm_tree: float
+    grad_norm_plain: float
+    grad_difference: float
+    tolerance: tuple[float, float]
+    shared_tokens: int
+    ok: bool
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss_tree:.6g} by the tree, {self.loss_plain:.6g} by plain rows; gradient norm "
+            f"{self.grad_norm_tree:.6g} and {self.grad_norm_plain:.6g}, difference {self.grad_difference:.1e} "
+            f"(allowed: loss {self.tolerance[0]:g}, gradient {self.tolerance[1]:g})"
+        )
+
+
+def self_check(
+    model: torch.nn.Module, rows: Sequence[Encoded], pad_id: int, *, attention: str = "reference"
+) -> SelfCheck:
+    """Loss and gradient of `rows` by the tree and by the plain twin, dropout off in both.
+
+    Give it few rows: the plain twin pads them and holds full logits. The model's gradients, its training mode and
+    the random state are left as they were. Every shared token is shared here, so that the tree is really tested.
+    """
+    length = max(len(row.input_ids) for row in rows)
+    plan = plan_step(rows, max_tokens=length * len(rows), min_shared_tokens=1, min_saving=0.0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [parameter.grad for parameter in parameters]
+    training = [module for module in model.modules() if module.training]
+    device = base_of(model).device
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            loss_tree, grads_tree = 0.0, []
+            _clear(parameters)
+            for pack in plan.packs:
+                output = tree_loss(model, to_tensors(pack, device), attention=attention)
+                (output.loss_sum / plan.num_supervised).backward()
+                loss_tree += float(output.loss_sum.detach()) / plan.num_supervised
+            grads_tree = _gradients(parameters)
+            _clear(parameters)
+            plain = plain_loss(model, rows, pad_id)
+            (plain.loss_sum / plain.num_supervised).backward()
+            loss_plain = float(plain.loss_sum.detach()) / plain.num_supervised
+            grads_plain = _gradients(parameters)
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, grad in zip(parameters, kept, strict=True):
+            parameter.grad = grad
+    difference = _norm([a - b for a, b in zip(grads_tree, grads_plain, strict=True)])
+    norm_tree, norm_plain = _norm(grads_tree), _norm(grads_plain)
+    relative = difference / norm_plain if norm_plain else difference
+    tolerance = _TOLERANCES.get(base_of(model).dtype, _TOLERANCE_16_BITS)
+    return SelfCheck(
+        loss_tree=loss_tree,
+        loss_plain=loss_plain,
+        grad_norm_tree=norm_tree,
+        grad_norm_plain=norm_plain,
+        grad_difference=relative,
+        tolerance=tolerance,
+        shared_tokens=sum(len(row.input_ids) for row in rows) - plan.unique_tokens,
+        # Written so that a NaN on either side is a failure.
+        ok=abs(loss_tree - loss_plain) <= tolerance[0] * max(1.0, abs(loss_plain)) and relative <= tolerance[1],
+    )
+
+
+def _clear(parameters: Sequence[torch.nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+        for parameter in parameters
+    ]
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    return float(torch.stack([tensor.float().norm() for tensor in tensors]).norm()) if tensors else 0.0
