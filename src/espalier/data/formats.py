@@ -1,73 +1,44 @@
 """Raw row -> Example: a conversation and where it came from. Texts stay verbatim.
 
-Which format a row has is told by its keys, in this order: messages, sharegpt (`conversations`), prompt_completion
-(`prompt` and `completion`), alpaca (`instruction`, `input`, `output`), text. The rules for turns are in turns.py.
+Which format a row has is told by its keys (columns.py); the rules for turns are in turns.py.
 """
 
 from __future__ import annotations
 
-import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from espalier.data.columns import FORMATS, KEYS, Columns, Layout, check_options
 from espalier.data.read import read_rows
-from espalier.data.rows import BadRow, Notice, RawRow, json_values, silent
+from espalier.data.rows import (
+    MAX_RAW_CHARS,
+    BadRow,
+    Example,
+    FormatOptions,
+    Notice,
+    RawRow,
+    json_values,
+    places,
+    silent,
+)
 from espalier.data.turns import Refused, Said, conversation, from_columns, number_of, pairs, text_of, tool_list
 from espalier.errors import DataError, UsageError
 
-_KEYS = {  # format -> the keys it knows; the first ones tell the format
-    "messages": ("messages", "tools", "system", "weight"),
-    "sharegpt": ("conversations", "tools", "system", "weight"),
-    "prompt_completion": ("prompt", "completion", "system", "tools", "weight"),
-    "alpaca": ("instruction", "output", "input", "system", "history", "weight"),
-    "text": ("text", "weight"),
-}
-FORMATS = tuple(_KEYS)
-_ALIASES = {"openai": "messages", "prompt/completion": "prompt_completion", "prompt-completion": "prompt_completion"}
-_MAPPABLE = {key for keys in _KEYS.values() for key in keys}
+__all__ = [
+    "FORMATS",
+    "Example",
+    "FormatOptions",
+    "bad_rows_error",
+    "check_options",
+    "examples_from_records",
+    "group_bad_rows",
+    "iter_examples",
+    "iter_pairs",
+    "read_examples",
+    "to_example",
+]
 _LOOK_AHEAD = 1000  # rows without one known column, after which a file is refused as a whole
-_SURE, _LIKELY = 0.75, 0.8  # likeness (difflib) of a key to a missing needed one, to a missing optional one
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One conversation to learn from.
-
-    messages: as a chat template takes them ({"role", "content"} and what the template may know: "tool_calls", ...).
-    train: one flag a message; True where the message's own text is to be learnt (only assistant turns can be).
-    weights: factor on the loss of each message's tokens, or empty for all 1; for a text row one factor or none.
-    tools: the functions that the template may show to the model.
-    text: set instead of messages for rows that hold the finished text (`format text`).
-    """
-
-    messages: tuple[dict[str, Any], ...]
-    train: tuple[bool, ...]
-    file: str = ""
-    line: int = 0
-    weights: tuple[float, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
-    text: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FormatOptions:
-    """How raw rows are understood. `format` None: recognised from the columns. `columns`: our name -> file's name."""
-
-    format: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    encoding: str | None = None
-    input_joiner: str = "\n"  # between instruction and a non-empty input
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What the keys of a row say. One is made for each distinct list of keys, not for each row."""
-
-    formats: tuple[str, ...]  # those that the keys allow, the preferred one first
-    ignored: tuple[str, ...] = ()
-    problem: str = ""  # a misspelt or missing key
-    unknown: bool = False  # no known key at all, and none that is near
 
 
 class Understanding:
@@ -77,10 +48,8 @@ class Understanding:
     """
 
     def __init__(self, options: FormatOptions) -> None:
-        check_options(options)
-        self._options, self._format = options, _format_name(options.format)
-        self._renamed = {theirs: ours for ours, theirs in options.columns.items()}
-        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self._options, self._columns = options, Columns(options)
+        self._layouts: dict[tuple[str, ...], Layout] = {}
         self._ignored: dict[str, None] = {}
         self._used: dict[str, dict[str, None]] = {}
         self._said = Said()
@@ -93,7 +62,7 @@ class Understanding:
         keys = tuple(row.fields)
         layout = self._layouts.get(keys)
         if layout is None:
-            layout = self._layouts[keys] = self._lay_out(keys)
+            layout = self._layouts[keys] = self._columns.layout(keys)
             self.columns.update(dict.fromkeys(keys))
             if not layout.problem:
                 self._ignored.update(dict.fromkeys(layout.ignored))
@@ -105,43 +74,20 @@ class Understanding:
         except Refused as refused:
             return BadRow(row.file, row.line, str(refused), _raw_text(row))
 
-    def _convert(self, row: RawRow, layout: _Layout) -> Example:
-        fields = row.fields
-        if self._renamed:
-            # A column that gives its name away to another mapping must not stand in for itself.
-            fields = {
-                self._renamed.get(k, k): v
-                for k, v in fields.items()
-                if self._renamed.get(k, k) not in self._options.columns or k in self._renamed
-            }
-        name = next((f for f in layout.formats if fields.get(_KEYS[f][0]) is not None), layout.formats[0])
-        if name not in self._used:
-            self._used[name] = {}
-        used = self._used[name]
-        for key in _KEYS[name]:
+    def _convert(self, row: RawRow, layout: Layout) -> Example:
+        fields = self._columns.rename(row.fields)
+        name = next((f for f in layout.formats if fields.get(KEYS[f][0]) is not None), layout.formats[0])
+        used = self._used.setdefault(name, {})
+        for key in KEYS[name]:
             if key in fields:
                 used[key] = None
         return _READERS[name](fields, row, self._options, self._said)
-
-    def _lay_out(self, keys: tuple[str, ...]) -> _Layout:
-        if not keys:
-            return _Layout((), problem="an empty object", unknown=True)
-        ours = [self._renamed.get(key, key) for key in keys]
-        formats = (self._format,) if self._format else _recognise(ours)
-        known = set(_KEYS[formats[0]]) if formats else _MAPPABLE
-        strange = [key for key, our in zip(keys, ours, strict=True) if our not in known]
-        problem = _misspelt(strange, ours, formats, self._options.columns)
-        if not problem and not formats:
-            return _Layout((), tuple(strange), f"no known column (found {', '.join(map(repr, keys))})", unknown=True)
-        if not problem and _KEYS[formats[0]][0] not in ours and formats[0] != "alpaca":
-            problem = f"no {_KEYS[formats[0]][0]!r} (found {', '.join(map(repr, keys))})"
-        return _Layout(formats, tuple(key for key in strange if key is not None), problem)
 
     def summary(self, file: str) -> list[str]:
         """What was decided about the file, one sentence each."""
         lines = [f"{file}: format {name} ({', '.join(used)})" for name, used in self._used.items()]
         used_somewhere = {key for used in self._used.values() for key in used}
-        ignored = [key for key in self._ignored if self._renamed.get(key, key) not in used_somewhere]
+        ignored = [key for key in self._ignored if self._columns.our_name(key) not in used_somewhere]
         if ignored and self._used:
             lines[-1] += f"; ignored columns: {', '.join(ignored)}"
         return lines + [f"{file}: {line}" for line in self._said.sentences()]
@@ -160,65 +106,9 @@ class Understanding:
         )
 
 
-def check_options(options: FormatOptions) -> None:
-    """Raises UsageError for a format or a column name that does not exist."""
-    _format_name(options.format)
-    wrong = [name for name in options.columns if name not in _MAPPABLE]
-    if wrong:
-        raise UsageError(
-            f"unknown name {', '.join(map(repr, wrong))} on the left side of '='",
-            where="--columns",
-            todo=f"Write OURS=THEIRS; ours are {', '.join(sorted(_MAPPABLE))}.",
-        )
-
-
-def _format_name(name: str | None) -> str | None:
-    if name is None:
-        return None
-    name = _ALIASES.get(name.lower(), name.lower())
-    if name not in _KEYS:
-        raise UsageError(f"unknown format {name!r}", where="--format", todo=f"Known: {', '.join(FORMATS)}.")
-    return name
-
-
-def _recognise(keys: Sequence[str]) -> tuple[str, ...]:
-    found = [name for name in ("messages", "sharegpt") if _KEYS[name][0] in keys]
-    if "prompt" in keys and "completion" in keys:
-        found.append("prompt_completion")
-    if "instruction" in keys or "output" in keys:
-        found.append("alpaca")
-    if not found and ("prompt" in keys or "completion" in keys):
-        found.append("prompt_completion")
-    if "text" in keys:
-        found.append("text")
-    return tuple(found)
-
-
-def _misspelt(strange: Sequence[str], ours: Sequence[str], formats: Sequence[str], columns: Mapping[str, str]) -> str:
-    """The reason why a row's keys cannot be trusted: one that is nearly a known and absent one."""
-    needed = {"alpaca": ("instruction", "output"), "prompt_completion": ("prompt", "completion")}
-    wanted = needed.get(formats[0], _KEYS[formats[0]][:1]) if formats else tuple(sorted(_MAPPABLE))
-    optional = _KEYS[formats[0]] if formats else ()
-    for key in strange:
-        plain = key.strip().casefold()
-        if plain in _MAPPABLE and plain not in ours and plain not in columns:
-            what = "a blank around the name" if key.strip() == plain else "letter case"
-            return f"key {key!r}: did you mean {plain!r}? ({what})"
-        for names, cutoff in ((wanted, _SURE), (optional, _LIKELY)):
-            absent = [name for name in names if name not in ours and name not in columns]
-            near = difflib.get_close_matches(plain, absent, n=1, cutoff=cutoff)
-            if near:
-                return f"key {key!r}: did you mean {near[0]!r}?"
-    return ""
-
-
 def _raw_text(row: RawRow) -> str:
-    from espalier.data.rows import MAX_RAW_CHARS
-
     if row.text:
         return row.text[:MAX_RAW_CHARS]
-    import json
-
     return json.dumps(row.fields, ensure_ascii=False, default=str)[:MAX_RAW_CHARS]
 
 
@@ -390,10 +280,9 @@ def group_bad_rows(bad: Iterable[BadRow], *, first: int = 5) -> list[str]:
         groups.setdefault(row.kind, []).append(row)
     lines = []
     for kind, rows in groups.items():
-        places = ", ".join(f"{row.file}:{row.line}" for row in rows[:first])
-        more = f", and {len(rows) - first} more" if len(rows) > first else ""
+        more = f" and {len(rows) - first} more" if len(rows) > first else ""
         shown = rows[0].reason if len(rows) == 1 else kind
-        lines.append(f"{places}{more}: {shown}")
+        lines.append(f"{places(rows[:first])}{more}: {shown}")
     return lines
 
 

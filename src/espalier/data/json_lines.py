@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from espalier.data.json_text import DECODER, explain, half_character, parse
-from espalier.data.rows import MAX_RAW_CHARS, BadRow, Notice, RawRow
+from espalier.data.rows import MAX_RAW_CHARS, BadRow, Notice, Number, RawRow
 from espalier.data.source import Source, not_utf8
 
 _TYPES = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null", float: "NaN"}
@@ -14,8 +14,6 @@ _TYPES = {dict: "an object", list: "a list", str: "a text", bool: "true/false", 
 
 def type_name(value: Any) -> str:
     """The JSON type in words; numbers are `Number`, a str, so they come first."""
-    from espalier.data.rows import Number
-
     return "a number" if isinstance(value, Number) else _TYPES.get(type(value), type(value).__name__)
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from espalier.data.check import NOTE, CheckReport
+from espalier.data.rows import places
 
 _BAR_CHARS = 40
 
@@ -39,10 +40,9 @@ def print_report(report: CheckReport, console: Console) -> None:
     left = report.read - report.kept
     table.add_row(f"{left:,}", "left out", "")
     for kind, reason in sorted(report.reasons.items(), key=lambda item: -item[1].count):
-        places = ", ".join(f"{row.file}:{row.line}" for row in reason.first)
-        more = ", ..." if reason.count > len(reason.first) else ""
+        where = places(reason.first, more=reason.count > len(reason.first))
         what = reason.first[0].reason if reason.count == 1 else kind
-        table.add_row(f"{reason.count:,}", Text("  " + visible(what)), Text(visible(places) + more))
+        table.add_row(f"{reason.count:,}", Text("  " + visible(what)), Text(visible(where)))
     console.print(table)
     for error in report.errors:
         # Our own message is of several lines; each is shown as one.

@@ -1,11 +1,11 @@
-"""The types that reading hands on, and the two ways it speaks: a bad row (a value) and a notice (a sentence)."""
+"""The types of data/: rows as read, examples as understood, bad rows (values) and notices (sentences)."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 MAX_RAW_CHARS = 10_000  # of a bad row's text: enough to recognise it, bounded for the rejects file
@@ -59,6 +59,46 @@ class BadRow:
     def kind(self) -> str:
         """The reason without its details and numbers: what rows are grouped by."""
         return _NUMBER.sub("N", self.reason.partition(" (")[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation to learn from.
+
+    messages: as a chat template takes them ({"role", "content"} and what the template may know: "tool_calls", ...).
+    train: one flag a message; True where the message's own text is to be learnt (only assistant turns can be).
+    weights: factor on the loss of each message's tokens, or empty for all 1; for a text row one factor or none.
+    tools: the functions that the template may show to the model.
+    text: set instead of messages for rows that hold the finished text (`format text`).
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    train: tuple[bool, ...]
+    file: str = ""
+    line: int = 0
+    weights: tuple[float, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FormatOptions:
+    """How raw rows are understood. `format` None: recognised from the columns. `columns`: our name -> file's name."""
+
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    encoding: str | None = None
+    input_joiner: str = "\n"  # between instruction and a non-empty input
+
+
+def places(rows: Iterable[BadRow], more: bool = False) -> str:
+    """'a.jsonl:3, 4, b.jsonl:1': where rows stand, each file named once; `more` says that others follow."""
+    shown: list[str] = []
+    file = None
+    for row in rows:
+        shown.append(str(row.line) if row.file == file else f"{row.file}:{row.line}")
+        file = row.file
+    return ", ".join([*shown, "..."] if more else shown)
 
 
 def silent(message: str) -> None:
