@@ -1,0 +1,276 @@
+"""Raw option values, from the command line and a run file, to a RunConfig: types, ranges, unknown names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from espalier.config import RunConfig, options
+from espalier.errors import UsageError
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """What the parser needs to know of an option, whoever declares it."""
+
+    name: str
+    type: Any
+    many: bool = False
+
+    @property
+    def is_bool(self) -> bool:
+        return bool in _members(self.type)
+
+
+def own_specs() -> dict[str, OptionSpec]:
+    """Name -> spec of the options declared here."""
+    hints = typing.get_type_hints(RunConfig)
+    return {f.name: OptionSpec(f.name, hints[f.name], f.metadata["many"]) for f in options()}
+
+
+def training_argument_specs() -> dict[str, OptionSpec]:
+    """Name -> spec of all options of transformers' TrainingArguments (imports transformers: slow)."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
+    return {name: OptionSpec(name, hints[name], list[str] in _members(hints[name])) for name in fields}
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """' (did you mean --x?)' or ''."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _members(type_: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the type itself."""
+    if typing.get_origin(type_) in (typing.Union, types.UnionType):
+        return typing.get_args(type_)
+    return (type_,)
+
+
+def choices(type_: Any) -> tuple[str, ...]:
+    """The words that an option takes, where it takes a fixed set of them."""
+    return tuple(
+        w for member in _members(type_) if typing.get_origin(member) is Literal for w in typing.get_args(member)
+    )
+
+
+def convert(value: Any, spec: OptionSpec) -> Any:
+    """A value from the command line or a run file as the option's type. Raises ValueError with what was expected."""
+    expected = []
+    members = _members(spec.type)
+    word_for_none = isinstance(value, str) and value.lower() in ("none", "null") and str not in members
+    if type(None) in members and (value is None or word_for_none):
+        return None
+    for member in members:
+        try:
+            return _convert_one(value, member)
+        except ValueError as error:
+            expected.append(str(error))
+    raise ValueError(" or ".join(dict.fromkeys(text for text in expected if text)))
+
+
+def _convert_one(value: Any, type_: Any) -> Any:
+    origin = typing.get_origin(type_)
+    if type_ is type(None):
+        raise ValueError("")
+    if type_ is Any or (isinstance(type_, type) and type_ not in (bool, int, float, str, list, dict)):
+        return value  # enumerations and classes of transformers: TrainingArguments converts and checks them itself
+    if type_ is bool:
+        booleans = {
+            "true": True,
+            "false": False,
+            "1": True,
+            "0": False,
+            "yes": True,
+            "no": False,
+            "on": True,
+            "off": False,
+        }
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in booleans:
+            return booleans[str(value).lower()]
+        raise ValueError("true or false")
+    if type_ in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError("a number" if type_ is float else "a whole number")
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-4 as a text
+        except ValueError:
+            raise ValueError("a number" if type_ is float else "a whole number") from None
+        if type_ is int and number != int(number):
+            raise ValueError("a whole number")
+        return type_(number)
+    if type_ is str:
+        if isinstance(value, (list, dict)):
+            raise ValueError("one text")
+        return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    if origin is Literal:
+        words = typing.get_args(type_)
+        if isinstance(value, bool):  # YAML 1.1 reads on, off and no as booleans
+            value = next((word for word in (("on",) if value else ("off", "no")) if word in words), value)
+        if value in words:
+            return value
+        raise ValueError("one of " + ", ".join(map(str, words)))
+    if origin is list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        member = typing.get_args(type_)[0]
+        return [_convert_one(item, member) if member in (int, float) else str(item) for item in items]
+    if origin is dict or type_ is dict:
+        return _convert_dict(value)
+    return value
+
+
+def _convert_dict(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(value))
+        except json.JSONDecodeError:
+            raise ValueError("a JSON object") from None
+    pairs = [item.split("=", 1) for item in str(value).split(",")]
+    if all(len(pair) == 2 and pair[0] for pair in pairs):
+        return dict(pairs)
+    raise ValueError("name=value,name=value")
+
+
+def build_config(command_line: Mapping[str, Any], config_file: str | None = None) -> RunConfig:
+    """RunConfig from raw values: the run file's, then the command line's, which win. All problems are told together.
+
+    Raises UsageError for unknown names (with the nearest one) and values of the wrong kind.
+    """
+    sources: list[tuple[Mapping[str, Any], str]] = [(command_line, "--{name}")]
+    if config_file is not None:
+        sources.insert(0, (read_run_file(config_file), config_file + ": {name}"))
+    specs = own_specs()
+    if any(name not in specs for values, _ in sources for name in values):
+        specs = {**training_argument_specs(), **specs}
+    problems: list[str] = []
+    own: dict[str, Any] = {}
+    further: dict[str, Any] = {}
+    own_names = own_specs()
+    for values, place in sources:
+        for name, value in values.items():
+            where = place.format(name=name)
+            if name not in specs:
+                problems.append(f"{where}: there is no such option{nearest(name, list(specs))}")
+                continue
+            try:
+                converted = convert(value, specs[name])
+            except ValueError as error:
+                problems.append(f"{where}: {value!r} is not {error}")
+                continue
+            (own if name in own_names else further)[name] = converted
+    problems += check_values(own)
+    if problems:
+        raise UsageError(
+            f"{len(problems)} option{'s are' if len(problems) > 1 else ' is'} wrong",
+            details=problems,
+            todo="`espalier train --help` lists the options that matter, `--help-all` all of them.",
+        )
+    if own.get("max_steps") == -1:
+        own["max_steps"] = None  # transformers' way to say not set
+    return RunConfig(**own, training_arguments=further)
+
+
+def check_values(own: Mapping[str, Any]) -> list[str]:
+    """Problems that need no file and no model: ranges, and options that exclude each other."""
+    config = RunConfig(**own)
+    problems = []
+    for name in ("lora_rank", "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_pack"):
+        if getattr(config, name) < 1:
+            problems.append(f"--{name}: {getattr(config, name)} is not 1 or more")
+    for name in ("max_seq_length", "save_total_limit", "per_device_eval_batch_size", "early_stopping_patience"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            problems.append(f"--{name}: {getattr(config, name)} is not 1 or more")
+    if config.max_steps is not None and config.max_steps < 1 and config.max_steps != -1:
+        problems.append(f"--max_steps: {config.max_steps} is not 1 or more")
+    if not 0 <= config.lora_dropout < 1:
+        problems.append(f"--lora_dropout: {config.lora_dropout} is not at least 0 and below 1")
+    if not 0 <= config.eval_fraction < 1:
+        problems.append(f"--eval_fraction: {config.eval_fraction} is not at least 0 and below 1")
+    if config.lora_alpha <= 0:
+        problems.append(f"--lora_alpha: {config.lora_alpha} is not above 0")
+    if config.learning_rate < 0:
+        problems.append(f"--learning_rate: {config.learning_rate} is below 0")
+    if config.num_train_epochs is not None and config.num_train_epochs <= 0:
+        problems.append(f"--num_train_epochs: {config.num_train_epochs} is not above 0")
+    if sum((config.bf16, config.fp16, config.fp32)) > 1:
+        problems.append("--bf16, --fp16 and --fp32 exclude each other: give one, or none to let the hardware decide")
+    if config.continue_training and config.checkpoint is None:
+        problems.append("--continue_training needs --checkpoint: the adapter folder to start from")
+    if config.checkpoint is not None and not config.continue_training:
+        problems.append(
+            "--checkpoint is used with --continue_training only (to go on with a stopped run: --resume_from_checkpoint)"
+        )
+    if config.continue_training and config.resume_from_checkpoint:
+        problems.append(
+            "--continue_training starts a new run, --resume_from_checkpoint goes on with one: give one of them"
+        )
+    if config.skip_overlength and config.overlength != "drop":
+        problems.append(f"--skip_overlength means --overlength drop, but --overlength is {config.overlength}")
+    if config.eval_dataset_path and config.eval_fraction:
+        problems.append("--eval_dataset_path and --eval_fraction exclude each other")
+    has_eval = bool(config.eval_dataset_path or config.eval_fraction)
+    for name, on in (
+        ("eval_strategy", config.eval_strategy != "no"),
+        ("load_best_model_at_end", config.load_best_model_at_end),
+        ("early_stopping_patience", config.early_stopping_patience is not None),
+    ):
+        if on and not has_eval:
+            problems.append(f"--{name} needs held-out rows: --eval_dataset_path or --eval_fraction")
+    if config.eval_strategy == "no" and (config.load_best_model_at_end or config.early_stopping_patience is not None):
+        problems.append("--load_best_model_at_end and --early_stopping_patience need --eval_strategy steps or epoch")
+    return problems
+
+
+def read_run_file(path: str) -> dict[str, Any]:
+    """The names and raw values of a YAML run file. Raises UsageError (missing, no YAML, not one flat mapping)."""
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError("there is no such run file", where=path, todo="Give the path of a YAML file to --config.")
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_unique_key_loader())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"this is no YAML: {' '.join(str(error).split())}", where=path) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"a run file is a mapping of option names to values, this is a {type(values).__name__}",
+            where=path,
+            todo="Write one line an option, as `lora_rank: 8`.",
+        )
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _unique_key_loader() -> Any:
+    """PyYAML's safe loader, which also refuses a key that is given twice (PyYAML keeps the last one silently)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def construct_mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} is given twice, line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct_mapping)
+    return Loader
