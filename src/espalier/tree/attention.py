@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from espalier.errors import ModelError, UsageError
 from espalier.tree.collate import TreeLayout
-from espalier.tree.support import STOCK_MASK_MODEL_TYPES
+from espalier.tree.support import STOCK_MASK_MODEL_TYPES, causal_class
 
 ATTENTION_NAMES = ("reference", "merged")
 _PREFIX = "espalier_"
@@ -312,10 +312,14 @@ def choose_attention(config: PretrainedConfig, device: torch.device | str, reque
         obstacle = f"a dense mask: no other way has been tested on {where} yet"
     elif text.model_type in STOCK_MASK_MODEL_TYPES:
         obstacle = f"{text.model_type} takes a ready mask only"
+    elif not getattr(causal_class(config), "_supports_attention_backend", True):
+        obstacle = f"{text.model_type} does not hand the model's forward keywords to its attention"
     elif getattr(text, "attn_logit_softcapping", None) or text.model_type == "gpt_oss":
         obstacle = "soft-capping or attention sinks are in no stock kernel"
     else:
         obstacle = ""
+    if requested == "merged" and obstacle:
+        return "reference", f"merged was asked for, but {obstacle}"
     if requested != "auto":
         return requested, "as asked for"
     if obstacle:

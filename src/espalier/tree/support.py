@@ -14,42 +14,25 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 # Held equal to plain rows by tests/parity. Others that pass the checks below are compared in a run's first step.
-TESTED_MODEL_TYPES = frozenset(
-    {
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "falcon",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "gpt_oss",
-        "granite",
-        "hunyuan_v1_dense",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo",
-        "olmo2",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
+# fmt: off
+TESTED_MODEL_TYPES = frozenset((
+    "cohere", "cohere2", "ernie4_5", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2",
+    "gpt_neox", "gpt_oss", "granite", "hunyuan_v1_dense", "llama", "mistral", "mixtral", "olmo", "olmo2",
+    "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+))
+# fmt: on
 # Take a ready mask through their stock attention, though not transformers' AttentionInterface.
 STOCK_MASK_MODEL_TYPES = frozenset({"falcon"})
 
 _EXACT_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 _STATE_MODEL_TYPES = frozenset({"lfm2", "lfm2_moe", "lfm3"})  # convolutions that their default config does not name
+# Encoders that transformers also lists as causal models.
+# fmt: off
+_ENCODER_MODEL_TYPES = frozenset((
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+))
+# fmt: on
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "resid_dropout")
 
 
@@ -79,10 +62,14 @@ def tree_support(config: PretrainedConfig) -> Support:
     return Support("tree", "; ".join(notes))
 
 
+def causal_class(config: PretrainedConfig) -> Any:
+    """transformers' causal language model class of a config, or None."""
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
 def _obstacles(config: PretrainedConfig, text: PretrainedConfig) -> list[str]:
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
+    model_class = causal_class(config)
     if model_class is None:
         return ["not a causal language model that transformers knows, so nothing is known of its layers"]
     found = []
@@ -91,7 +78,7 @@ def _obstacles(config: PretrainedConfig, text: PretrainedConfig) -> list[str]:
         found.append(f"layers of type {', '.join(foreign)} are not attention over a token's own past")
     elif getattr(model_class, "_is_stateful", False) or text.model_type in _STATE_MODEL_TYPES:
         found.append("recurrent or convolution layers carry state along the sequence, from branch to branch")
-    if config.is_encoder_decoder or getattr(text, "is_decoder", True) is False:
+    if config.is_encoder_decoder or text.model_type in _ENCODER_MODEL_TYPES:
         found.append("its attention is not causal")
     if getattr(text, "alibi", False) or text.model_type in {"bloom", "mpt"}:
         found.append("ALiBi counts distances by index, not by position")
