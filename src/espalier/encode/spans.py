@@ -10,8 +10,9 @@ where each upto_i begins the whole text. Where a template rewrites earlier turns
 and each trained turn becomes a row of its own, as chat will send it.
 
 Rendering a prefix for every turn of every row would be slow. So the fixed pieces that a template writes between the
-texts are found once for a sequence of roles, with placeholders for the texts; a row then needs two renderings, which
-prove that the pieces hold for it. Rows for which they do not hold (trimmed texts, tools) are rendered turn by turn.
+texts are found once for a sequence of roles, with placeholders for the texts. A row of a template that only copies
+texts needs no rendering then; one of any other template needs two, which prove that the pieces hold for it. Rows for
+which they do not hold (trimmed texts, tools) are rendered turn by turn.
 """
 
 from __future__ import annotations
@@ -139,11 +140,12 @@ def _by_skeleton(template: ChatTemplate, example: Example, turns: list[int], not
         parts += [piece, content]
         position = start + len(content)
     text = "".join([*parts, skeleton.pieces[-1]])
-    if template.render(messages) != text:
-        return None
     last = spans[-1]
-    if turns[-1] > 0 and template.render(messages[:-1], generation_prompt=True) != text[: last.start]:
-        return None
+    if not (template.only_copies and all(m["content"] for m in messages)):
+        if template.render(messages) != text:
+            return None
+        if turns[-1] > 0 and template.render(messages[:-1], generation_prompt=True) != text[: last.start]:
+            return None
     return Rendered(text[: last.end], tuple(spans), example, notes)
 
 

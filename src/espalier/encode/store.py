@@ -25,7 +25,7 @@ from espalier.encode.encode import Encoded, Encoder
 
 __all__ = ["EncodeResult", "EncodedDataset", "OverlengthReport", "encode_files", "overlength_report", "split_heldout"]
 
-CHUNK = 256  # examples a piece of work
+CHUNK = 512  # examples a piece of work
 NUM_WORST = 5  # rows over the limit that a report names
 # Below this much data the other processes would start for longer than they work (each imports transformers anew).
 MIN_BYTES_FOR_WORKERS = 24 * 2**20

@@ -18,20 +18,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from espalier.encode.transparent import only_copies
 from espalier.errors import ModelError, TemplateError
 
 Message = Mapping[str, Any]
 
 ATOM = (
-    "{% set ns = namespace(system='') %}"
     "{% for m in messages %}"
+    "{% set after_system = loop.index0 == 1 and messages[0]['role'] == 'system' %}"
     "{% if m['role'] == 'system' %}"
     "{% if not loop.first %}{{ raise_exception('template atom: the system text must come first') }}{% endif %}"
-    "{% if m['content'] %}{% set ns.system = m['content'] + '\\n' %}{% endif %}"
     "{% elif m['role'] == 'user' %}"
-    "{{ bos_token + 'Human: ' + ns.system + m['content'] + '\\n' + eos_token }}{% set ns.system = '' %}"
+    "{{ bos_token + 'Human: ' }}"
+    "{% if after_system %}{% if messages[0]['content'] %}{{ messages[0]['content'] + '\\n' }}{% endif %}{% endif %}"
+    "{{ m['content'] + '\\n' + eos_token }}"
     "{% elif m['role'] == 'assistant' %}"
-    "{% if ns.system %}{{ raise_exception('template atom: a user turn must follow the system text') }}{% endif %}"
+    "{% if after_system %}{{ raise_exception('template atom: a user turn must follow the system text') }}{% endif %}"
     "{{ bos_token + 'Assistant:' + m['content'] + eos_token }}"
     "{% else %}{{ raise_exception('template atom: unknown role ' + m['role']) }}{% endif %}"
     "{% endfor %}"
@@ -127,6 +129,12 @@ class ChatTemplate:
         first = self.special_pattern.match(text, run.start())
         assert first is not None
         return first.end()
+
+    @cached_property
+    def only_copies(self) -> bool:
+        """True where the template is known not to look into the texts that it lays out."""
+        source = self.tokenizer.chat_template
+        return isinstance(source, str) and only_copies(source)
 
     @cached_property
     def default_system(self) -> str | None:
