@@ -1,0 +1,198 @@
+"""All that is settled before a weight is read: model, template, rows, targets, steps. Bad input ends here."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier.config import RunConfig
+from espalier.data.formats import FormatOptions, bad_rows_error, group_bad_rows
+from espalier.data.source import expand
+from espalier.encode.cache import cache_key
+from espalier.encode.encode import TOO_LONG, Encoder
+from espalier.encode.length import length_limit
+from espalier.encode.stops import check_vocabulary, generation_stop_ids
+from espalier.encode.store import EncodedDataset, EncodeResult, encode_files, overlength_report, split_heldout
+from espalier.encode.template import ChatTemplate, input_joiner, resolve_template
+from espalier.errors import DataError, UsageError
+from espalier.model.embedded import cache_root
+from espalier.model.load import ModelPath, check_causal_lm, load_config, load_tokenizer, resolve_model
+from espalier.model.lora import check_targets, empty_model, num_embedding_rows
+from espalier.training.arguments import refused_options
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+Say = Callable[[str, str], None]  # (what it is about, what was decided and why)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything of a run but the weights."""
+
+    config: RunConfig
+    model: ModelPath
+    model_config: Any
+    tokenizer: Any
+    template: ChatTemplate
+    encoder: Encoder
+    train_rows: EncodedDataset
+    eval_rows: EncodedDataset | None
+    result: EncodeResult
+    generation: GenerationConfig
+    stop_ids: list[int]
+    max_steps: int
+    data_key: str
+    data_files: tuple[dict[str, Any], ...]
+
+
+def prepare(config: RunConfig, say: Say) -> Prepared:
+    """Settle a run; every decision is told through `say`. Raises EspalierError for whatever cannot be used."""
+    from espalier.model.load import sane_generation_config
+
+    refused = refused_options(config.training_arguments)
+    if refused:
+        raise UsageError("options that this tool cannot honour", details=refused, todo="Leave them out.")
+    if not config.dataset_path:
+        raise UsageError("no rows to train on", where="--dataset_path", todo="Give one or more data files.")
+    ref = resolve_model(config.model_path)
+    say("model", ref.said)
+    model_config = load_config(ref, config.trust_remote_code)
+    check_causal_lm(model_config, ref.said)
+    skeleton = empty_model(model_config, trust_remote_code=config.trust_remote_code)
+    check_targets(skeleton, config.target_modules, config.layers_to_transform)
+    tokenizer = load_tokenizer(ref, config.trust_remote_code)
+    check_vocabulary(tokenizer, num_embedding_rows(skeleton))
+    template = resolve_template(tokenizer, config.template)
+    say("template", f"{template.source}: {template.reason}")
+    for notice in template.notices():
+        say("", notice)
+    limit, limit_reason = length_limit(config.max_seq_length, tokenizer, model_config)
+    generation, notices = sane_generation_config(ref)
+    for notice in notices:
+        say("", notice)
+    stop_ids = generation_stop_ids(tokenizer, template, generation.eos_token_id)
+    generation.eos_token_id = stop_ids
+    encoder = Encoder(tokenizer, template, max_length=limit, overlength=config.overlength, train_on=config.train_on)
+    result = encode_rows(config, config.dataset_path, encoder, say)
+    say_rows("rows", result, limit_reason, say)
+    train_rows, eval_rows = result.dataset, None
+    if config.eval_dataset_path:
+        eval_result = encode_rows(config, config.eval_dataset_path, encoder, say)
+        say_rows("held out", eval_result, limit_reason, say)
+        eval_rows = eval_result.dataset
+    elif config.eval_fraction and len(train_rows):
+        train_rows, eval_rows = split_heldout(train_rows, config.eval_fraction, config.seed)
+        say(
+            "held out",
+            f"{len(eval_rows)} rows, {len(train_rows)} to train on: split by content, no prompt on both sides",
+        )
+    if not len(train_rows):
+        raise DataError(
+            "no row is left to train on",
+            where=", ".join(config.dataset_path),
+            todo="`espalier check FILE` says why each row was left out.",
+        )
+    if config.eval_fraction and not (eval_rows and len(eval_rows)):
+        raise UsageError(
+            f"{config.eval_fraction} of these prompts is no row at all", where="--eval_fraction", todo="Hold out more."
+        )
+    return Prepared(
+        config=config,
+        model=ref,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        template=template,
+        encoder=encoder,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        result=result,
+        generation=generation,
+        stop_ids=stop_ids,
+        max_steps=count_steps(config, len(train_rows), say),
+        data_key=cache_key(expand(config.dataset_path), encoder, format_options(config)) or "",
+        data_files=tuple(describe_file(name) for name in config.dataset_path),
+    )
+
+
+def format_options(config: RunConfig) -> FormatOptions:
+    """How the rows' columns are understood."""
+    return FormatOptions(
+        format=config.format,
+        columns=config.columns,
+        encoding=config.encoding,
+        input_joiner=input_joiner(config.input_sentence),
+    )
+
+
+def encode_rows(config: RunConfig, files: list[str], encoder: Encoder, say: Say) -> EncodeResult:
+    """The rows of `files` as tokens. Raises DataError that lists all bad rows, unless they are to be skipped."""
+    result = encode_files(
+        files,
+        encoder,
+        format_options(config),
+        num_workers=config.num_encode_workers,
+        cache_dir=cache_root() / "rows",
+        notice=_noted(say),
+    )
+    too_long = [row for row in result.bad if row.reason.startswith(TOO_LONG)]
+    others = [row for row in result.bad if not row.reason.startswith(TOO_LONG)]
+    stopping = (others if config.on_bad_row == "error" else []) + (too_long if config.overlength == "error" else [])
+    if stopping:
+        raise bad_rows_error(stopping, result.counts.num_read)
+    return result
+
+
+def say_rows(topic: str, result: EncodeResult, limit_reason: str, say: Say) -> None:
+    """Counts, limit, what was left out with its lines, and the longest rows: all before step 1."""
+    counts, lengths = result.counts, result.lengths
+    longest = f"; longest {int(lengths.max()):,} tokens" if len(lengths) else ""
+    limit = f", limit {result.max_length:,}" if result.max_length is not None else ""
+    cached = "; encoded before, taken from the cache" if result.cached else ""
+    account = f"{counts.num_read:,} read, {counts.num_kept:,} kept, {len(counts.bad):,} left out"
+    say(topic, f"{account}{longest}{limit} ({limit_reason}){cached}")
+    for line in (*result.notices(), *group_bad_rows(counts.bad), *overlength_report(result).lines()):
+        say("", line)
+
+
+def count_steps(config: RunConfig, num_rows: int, say: Say) -> int:
+    """Optimizer steps of the run: by epochs, by --max_steps, or the smaller of both (case C22)."""
+    per_epoch = math.ceil(num_rows / config.rows_per_step)
+    by_epochs = math.ceil((config.num_train_epochs or 3.0) * per_epoch)
+    if config.max_steps is None:
+        steps, why = by_epochs, f"{config.num_train_epochs or 3.0:g} epochs x {per_epoch}"
+    elif config.num_train_epochs is None:
+        steps, why = config.max_steps, f"--max_steps, {config.max_steps / per_epoch:.2f} epochs of {per_epoch}"
+    else:
+        steps = min(config.max_steps, by_epochs)
+        why = f"the smaller of --max_steps {config.max_steps} and {config.num_train_epochs:g} epochs x {per_epoch}"
+    warmup = math.ceil(config.warmup_steps * steps) if 0 < config.warmup_steps < 1 else int(config.warmup_steps)
+    say(
+        "steps",
+        f"{steps} ({why}) of {min(config.rows_per_step, num_rows)} rows "
+        f"({config.per_device_train_batch_size} x accumulation {config.gradient_accumulation_steps}); "
+        f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, warm-up {warmup} steps",
+    )
+    if warmup >= steps:
+        say("", f"warning: the warm-up of {warmup} steps is as long as the run: the learning rate is never reached")
+    return steps
+
+
+def describe_file(name: str) -> dict[str, Any]:
+    """Name, size and sha256 of a data file; of a pattern, standard input or the hub the name alone."""
+    path = Path(name)
+    if not path.is_file():
+        return {"name": name}
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _noted(say: Say) -> Callable[[str], None]:
+    return lambda text: say("", text)

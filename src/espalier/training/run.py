@@ -1,0 +1,312 @@
+"""One training run from options to a finished adapter: straight-line set-up, the run's folder, the run's report."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from espalier import __version__
+from espalier.config import RunConfig
+from espalier.errors import AdapterError, RunFolderError, TrainingError, UsageError
+from espalier.runfile import build_config
+from espalier.training.prepare import Prepared, prepare
+
+if TYPE_CHECKING:
+    from espalier.training.trainer import LoraTrainer
+
+RUN_FILE = "run.yaml"
+RECORD = "espalier.json"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left: its folder, the number of steps, the seconds of training, the last metrics."""
+
+    output_dir: Path
+    num_steps: int
+    seconds: float
+    metrics: dict[str, Any]
+
+
+def train(config: RunConfig | None = None, *, console: Console | None = None, **options: Any) -> RunResult:
+    """Train an adapter and save it in `output_dir`.
+
+    Options are those of `espalier train`, as a RunConfig or by name: train(dataset_path=["a.jsonl"], output_dir="r").
+    Raises EspalierError for bad input; SystemExit 130 or 143 after Ctrl-C or SIGTERM, when a checkpoint was saved.
+    """
+    from espalier.training.report import Header
+
+    config = config if config is not None else build_config(options)
+    console = console or Console(highlight=False)
+    console.print(f"espalier {__version__}")
+    say = Header(console)
+    folder = check_run_folder(config)
+    if config.resume_from_checkpoint:
+        config = resumed_config(config, folder)
+    with quiet_libraries(), held_folder(folder):
+        return _run(prepare(config, say), folder, console, say)
+
+
+def check_run_folder(config: RunConfig) -> Path:
+    """The run's folder. Raises RunFolderError: not given, a file, not empty for a new run, nothing there to resume."""
+    if not config.output_dir:
+        raise UsageError("no folder for the run", where="--output_dir", todo="Name a new folder, as runs/first.")
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError("this is a file", where=str(folder), todo="Name a folder with --output_dir.")
+    held = sorted(p.name for p in folder.iterdir() if p.name != LOCK) if folder.is_dir() else []
+    if held and not config.resume_from_checkpoint:
+        is_run = RUN_FILE in held or "adapter_config.json" in held
+        raise RunFolderError(
+            "this folder already holds a run" if is_run else f"this folder is not empty ({held[0]} is in it)",
+            where=str(folder),
+            todo="Go on with it by --resume_from_checkpoint last, or name another --output_dir."
+            if is_run
+            else "Name another --output_dir.",
+        )
+    if config.resume_from_checkpoint and RUN_FILE not in held:
+        raise RunFolderError(
+            "there is no run to resume here", where=str(folder), todo="Leave --resume_from_checkpoint out to start one."
+        )
+    return folder
+
+
+def resumed_config(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration to go on with; settings that must not change between stop and resume are compared here."""
+    from espalier.training.resume import compare_settings
+
+    stored = build_config({}, str(folder / RUN_FILE))
+    compare_settings(stored, config, where=str(folder / RUN_FILE))
+    return config
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Keep the run's folder for this process. Raises RunFolderError where another run has it, or it is not writable."""
+    from filelock import FileLock, Timeout
+
+    from espalier.training.checkpoint import check_writable
+
+    is_new = not folder.exists()
+    check_writable(folder)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunFolderError(
+            "another run is writing to this folder",
+            where=str(folder),
+            todo="Wait for it, or name another --output_dir.",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / LOCK).unlink(missing_ok=True)
+        if is_new and not any(folder.iterdir()):  # the run ended before it had anything to write
+            folder.rmdir()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Our own header says what is done: libraries report errors only, and their old settings come back."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what libraries will rename is no news for our user
+            yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunResult:
+    from espalier.training.checkpoint import step_of
+    from espalier.training.report import METRICS, RunReporter
+    from espalier.training.trainer import Interrupted, stop_on_signals
+
+    trainer = build_trainer(prepared, say)
+    checkpoint = None
+    if prepared.config.resume_from_checkpoint:
+        from espalier.training.resume import check_record
+
+        checkpoint = trainer.keeper.find(prepared.config.resume_from_checkpoint, lambda text: say("", text))
+        check_record(folder / RECORD, record(prepared, trainer))
+        say("resume", f"from {checkpoint.name}, step {step_of(checkpoint)}")
+    write_companions(prepared, trainer, folder)
+    say("output", str(folder))
+    reporter = RunReporter(folder, console, resumed_at=None if checkpoint is None else step_of(checkpoint))
+    trainer.add_callback(reporter)
+    started = time.perf_counter()
+    try:
+        with stop_on_signals(trainer):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Interrupted as stop:
+        reporter.close()
+        _say_stopped(trainer, folder, console)
+        raise SystemExit(128 + stop.signum) from None
+    except BaseException:
+        reporter.close()
+        if checkpoint is None and trainer.state.global_step == 0:
+            for name in (*trainer.keeper.companions, METRICS):
+                (folder / name).unlink(missing_ok=True)
+        raise
+    return _finish(prepared, trainer, folder, console, time.perf_counter() - started)
+
+
+def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
+    """Load the weights, add the adapter, and set up the trainer: the device, precision and tree are said here."""
+    import torch
+    from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+
+    from espalier.model.load import choose_device, choose_dtype, load_model
+    from espalier.training.arguments import training_arguments
+    from espalier.training.step import StepOptions
+    from espalier.training.trainer import LoraTrainer
+
+    config = prepared.config
+    device, device_reason = choose_device(config.use_cpu)
+    requested = next((name for name in ("bf16", "fp16", "fp32") if getattr(config, name)), None)
+    dtype, dtype_reason = choose_dtype(device, requested)
+    say("device", f"{device}: {device_reason}" + (f", {torch.get_num_threads()} threads" if device == "cpu" else ""))
+    say("precision", f"base {str(dtype).removeprefix('torch.')}: {dtype_reason}; adapter float32")
+    set_seed(config.seed)
+    base = load_model(prepared.model, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    model = _with_adapter(base, prepared, say)
+    args = training_arguments(config, fp16_scaler=dtype == torch.float16)
+    args.max_steps = prepared.max_steps
+    trainer = LoraTrainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.train_rows,
+        eval_dataset=prepared.eval_rows,
+        processing_class=prepared.tokenizer,
+        options=StepOptions(
+            tree=config.tree == "on",
+            attention=config.attention,
+            max_tokens_per_pack=config.max_tokens_per_pack,
+            min_shared_tokens=config.min_shared_tokens,
+            group_by_prefix=config.group_by_prefix,
+            self_check=config.self_check == "on",
+        ),
+        callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    say("tree", trainer.describe_tree())
+    return trainer
+
+
+def _with_adapter(base: Any, prepared: Prepared, say: Any) -> Any:
+    from espalier.model.load_adapter import load_adapter
+    from espalier.model.lora import add_adapter, describe_adapter, lora_config
+
+    config = prepared.config
+    if config.continue_training:
+        assert config.checkpoint is not None
+        model = load_adapter(base, config.checkpoint, is_trainable=True)
+        say("adapter", f"goes on from {config.checkpoint}")
+    else:
+        model = add_adapter(
+            base,
+            lora_config(
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                target_modules=config.target_modules,
+                layers_to_transform=config.layers_to_transform,
+                use_rslora=config.use_rslora,
+                use_dora=config.use_dora,
+                init_lora_weights=config.init_lora_weights,
+                modules_to_save=config.modules_to_save,
+            ),
+        )
+    for peft_config in model.peft_config.values():
+        # A name that others understand, never a path of this machine (case D05).
+        peft_config.base_model_name_or_path = prepared.model.name
+    say("adapter", str(describe_adapter(model)))
+    return model
+
+
+def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
+    """What ties an adapter to its base, its template and its rows; written as espalier.json beside it."""
+    from espalier.model.fingerprint import base_fingerprint
+
+    return {
+        "espalier_version": __version__,
+        "base": {"name": prepared.model.name, "fingerprint": base_fingerprint(trainer.model)},
+        "template": prepared.template.source,
+        "stop_ids": prepared.stop_ids,
+        "data": {
+            "files": list(prepared.data_files),
+            "read": prepared.result.counts.num_read,
+            "trained": len(prepared.train_rows),
+            "held_out": len(prepared.eval_rows) if prepared.eval_rows is not None else 0,
+            "fingerprint": prepared.data_key,
+        },
+    }
+
+
+def write_companions(prepared: Prepared, trainer: LoraTrainer, folder: Path) -> None:
+    """Everything of the final folder but the weights, before step 1: what cannot be saved is found out now."""
+    before = {p.name for p in folder.iterdir()}
+    (folder / RUN_FILE).write_text(prepared.config.to_yaml(), encoding="utf-8")
+    (folder / RECORD).write_text(
+        json.dumps(record(prepared, trainer), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )
+    prepared.tokenizer.save_pretrained(str(folder))
+    prepared.generation.save_pretrained(str(folder))
+    written = {p.name for p in folder.iterdir() if p.is_file()} - {LOCK, "metrics.jsonl"}
+    kept = before & set(trainer.keeper.companions) | (written - before)
+    trainer.keeper.companions = tuple(sorted(kept or written))
+
+
+def _say_stopped(trainer: LoraTrainer, folder: Path, console: Console) -> None:
+    saved = trainer.save_interrupted()
+    if saved is None:
+        for name in trainer.keeper.companions:
+            (folder / name).unlink(missing_ok=True)
+        console.print("stopped before the first step was finished: nothing to save", soft_wrap=True)
+        return
+    console.print(f"stopped after step {trainer.state.global_step}; checkpoint: {saved}", soft_wrap=True)
+    console.print(
+        f"go on with: espalier train --config {folder / RUN_FILE} --resume_from_checkpoint last", soft_wrap=True
+    )
+
+
+def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Console, seconds: float) -> RunResult:
+    from espalier.training.readback import effect_of
+
+    steps = trainer.state.global_step
+    if steps == 0:
+        raise TrainingError("no step was done", todo="Check --max_steps and the number of rows.")
+    trainer.save_model(str(folder))
+    if effect_of(folder) == 0.0:
+        raise AdapterError("every lora_B is zero after training: the adapter has no effect", where=str(folder))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    if best is not None:
+        console.print(
+            f"the adapter is that of step {trainer.state.best_global_step}, the best evaluation", soft_wrap=True
+        )
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {"loss": losses[-1] if losses else None}
+    metrics |= next((e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {})
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    console.print(
+        f"{steps} steps in {seconds:.1f} s; adapter of {size / 1e6:.1f} MB in {folder}, read back and equal",
+        soft_wrap=True,
+    )
+    console.print(f"try it: espalier chat --adapter {folder}", soft_wrap=True)
+    return RunResult(folder, steps, seconds, metrics)

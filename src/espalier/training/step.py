@@ -1,0 +1,146 @@
+"""The rows of one optimizer step: which they are, in which order, and how they are laid out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import DataLoader, Sampler
+
+from espalier.encode.encode import IGNORE_INDEX, Encoded
+from espalier.tree.plan import Pack, plan_step
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """How a step is computed.
+
+    tree: shared beginnings once; else padded rows in micro-batches of micro_batch_rows through the stock forward.
+    attention: auto, reference or merged. max_tokens_per_pack: most unique tokens a forward. micro_batch_rows None:
+    the trainer's per_device_train_batch_size.
+    """
+
+    tree: bool = True
+    attention: str = "auto"
+    max_tokens_per_pack: int = 4096
+    min_shared_tokens: int = 32
+    micro_batch_rows: int | None = None
+    group_by_prefix: bool = False
+    self_check: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One optimizer step. Either packs (the tree) or parts (padded rows) is empty; rows are the step's, in order.
+
+    weight_sum: the divisor of the step's mean loss; num_supervised, logical_tokens and unique_tokens: see Pack.
+    """
+
+    rows: tuple[Encoded, ...]
+    packs: tuple[Pack, ...]
+    parts: tuple[tuple[Encoded, ...], ...]
+    weight_sum: float
+    num_supervised: int
+    logical_tokens: int
+    unique_tokens: int
+
+    def places(self) -> str:
+        """file:line of the rows, for messages."""
+        names = [f"{row.file}:{row.line}" for row in self.rows if row.file]
+        return ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
+
+
+@dataclass(frozen=True)
+class StepCollator:
+    """Rows -> StepBatch; picklable, so that loader workers can plan ahead."""
+
+    options: StepOptions
+    micro_batch_rows: int
+
+    def __call__(self, rows: Sequence[Encoded]) -> StepBatch:
+        logical = sum(len(row.input_ids) for row in rows)
+        if self.options.tree:
+            plan = plan_step(
+                rows,
+                max_tokens=max(self.options.max_tokens_per_pack, max(len(row.input_ids) for row in rows)),
+                min_shared_tokens=self.options.min_shared_tokens,
+            )
+            return StepBatch(
+                tuple(rows), plan.packs, (), plan.weight_sum, plan.num_supervised, logical, plan.unique_tokens
+            )
+        size = self.micro_batch_rows
+        parts = tuple(tuple(rows[at : at + size]) for at in range(0, len(rows), size))
+        weight_sum, num_supervised = count_supervised(rows)
+        computed = sum(len(part) * max(len(row.input_ids) for row in part) for part in parts)
+        return StepBatch(tuple(rows), (), parts, weight_sum, num_supervised, logical, computed)
+
+
+def count_supervised(rows: Sequence[Encoded]) -> tuple[float, int]:
+    """(sum of the weights of supervised tokens, how many there are)."""
+    weight_sum, count = 0.0, 0
+    for row in rows:
+        supervised = row.labels != IGNORE_INDEX
+        count += int(supervised.sum())
+        weight_sum += float(supervised.sum() if row.weights is None else row.weights[supervised].sum(dtype=np.float64))
+    return weight_sum, count
+
+
+class StepSampler(Sampler[list[int]]):
+    """Row numbers of each step. The order is a function of (seed, epoch) alone, so any step can be found again.
+
+    shuffle False: file order, for evaluation. alike: the rows in an order where like beginnings are neighbours, for
+    --group_by_prefix: an epoch then cuts that order into steps at a random offset and shuffles the steps.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        rows_per_step: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        alike: npt.NDArray[np.int64] | None = None,
+    ):
+        self.num_rows, self.rows_per_step, self.seed, self.shuffle = num_rows, rows_per_step, seed, shuffle
+        self.alike = alike
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_rows / self.rows_per_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # RandomState, whose stream numpy has promised never to change.
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, self.epoch])))
+        if self.alike is not None:
+            order = np.roll(self.alike, random.randint(self.num_rows))
+        elif self.shuffle:
+            order = random.permutation(self.num_rows)
+        else:
+            order = np.arange(self.num_rows)
+        steps = [order[at : at + self.rows_per_step].tolist() for at in range(0, self.num_rows, self.rows_per_step)]
+        if self.alike is not None:
+            steps = [steps[i] for i in random.permutation(len(steps))]
+        return iter(steps)
+
+
+def order_by_prefix(rows: Sequence[Encoded]) -> npt.NDArray[np.int64]:
+    """Row numbers sorted by token ids, so that rows with like beginnings are neighbours."""
+    keys = [np.ascontiguousarray(rows[i].input_ids, dtype=">u4").tobytes() for i in range(len(rows))]
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader whose batches are whole optimizer steps."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hand the epoch to the sampler; the Trainer calls this on loaders that have it."""
+        assert isinstance(self.batch_sampler, StepSampler)
+        self.batch_sampler.set_epoch(epoch)

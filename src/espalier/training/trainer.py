@@ -1,0 +1,437 @@
+"""LoraTrainer: transformers' Trainer whose micro-steps are packs of a prompt tree. The step is `training_step`.
+
+A batch of its loader is one whole optimizer step: batch size x accumulation rows, drawn by (seed, epoch) and laid out
+by the planner. So the loop of transformers sees one batch a step and no accumulation, and everything around it
+(schedules, callbacks, trackers, evaluation) is unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from espalier.errors import TrainingError, UsageError
+from espalier.training.checkpoint import CheckpointKeeper, random_state
+from espalier.training.dataset import as_encoded
+from espalier.training.step import StepBatch, StepCollator, StepLoader, StepOptions, StepSampler, order_by_prefix
+from espalier.tree.attention import choose_attention
+from espalier.tree.collate import to_tensors
+from espalier.tree.loss import LossOutput, plain_loss, tree_loss
+from espalier.tree.selfcheck import self_check
+from espalier.tree.support import tree_support
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+
+class Interrupted(BaseException):  # like KeyboardInterrupt: no `except Exception` may swallow it
+    """A signal asked the run to end; raised between two micro-steps. `signum` is the signal's number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+class LoraTrainer(Trainer):
+    """Train a LoRA adapter; a drop-in for TRL's SFTTrainer.
+
+    model: a causal language model, a PeftModel, or a name for `resolve_model`. train_dataset, eval_dataset: rows with
+    `prompt`/`completion`, `messages` or alpaca columns (a datasets.Dataset, a list of dicts), rows with `input_ids`
+    and `labels`, or an EncodedDataset. processing_class: the tokenizer. peft_config: a LoraConfig, unless the model
+    has an adapter. options: how a step is computed. template, max_length: as --template and --max_seq_length.
+    Raises EspalierError for rows, models and options that cannot be used.
+    """
+
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: nn.Module | str | None = None,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        options: StepOptions | None = None,
+        template: str | None = None,
+        max_length: int | None = None,
+    ):
+        peft_model, processing_class = _model_and_tokenizer(model, processing_class, peft_config)
+        args = copy.copy(args) if args is not None else TrainingArguments(output_dir="runs/trainer")
+        self.options = options or StepOptions()
+        self.micro_batch_rows = self.options.micro_batch_rows or args.per_device_train_batch_size
+        self.rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.keep_checkpoints = args.save_total_limit
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = self.rows_per_step, 1
+        args.save_total_limit = None  # our keeper counts: HF's may delete the newest checkpoint in favour of the best
+        args.logging_nan_inf_filter = False
+        args.restore_callback_states_from_checkpoint = True
+        args.remove_unused_columns = False
+        if args.bf16 and next(peft_model.parameters()).dtype == torch.bfloat16:
+            args.bf16 = (
+                False  # the base is bfloat16 already and the adapter stays float32: autocast would only add casts
+            )
+        encode = partial(
+            as_encoded, tokenizer=processing_class, template=template, max_length=max_length, model=peft_model
+        )
+        train_dataset = encode(train_dataset)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: encode(rows) for name, rows in eval_dataset.items()}
+        else:
+            eval_dataset = encode(eval_dataset)
+        self._num_parameters = sum(parameter.numel() for parameter in peft_model.parameters())
+        self.pad_id = _pad_id(processing_class, peft_model)
+        support = tree_support(peft_model.config)
+        if support.mode == "padded" and self.options.tree:
+            self.options = replace(self.options, tree=False)
+        self.support = support
+        self.attention, self.attention_reason = choose_attention(
+            peft_model.config, device=str(args.device), requested=self.options.attention
+        )
+        self.keeper = CheckpointKeeper(Path(args.output_dir or "."), keep=self.keep_checkpoints)
+        self.stop_signal: int | None = None
+        self._checked = False
+        self._window = _Window()
+        self._random_at_step: dict[str, Any] | None = None
+        super().__init__(
+            model=peft_model,
+            args=args,
+            data_collator=cast(Any, StepCollator(self.options, self.micro_batch_rows)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.world_size > 1:
+            raise UsageError("training on several processes is not supported yet", todo="Start one process.")
+
+    def describe_tree(self) -> str:
+        """One line for the header: what is shared, how, and what the first step gains."""
+        batch = next(iter(self.get_train_dataloader()))
+        if not self.options.tree:
+            why = self.support.reason or "--tree off"
+            return f"off ({why}): padded rows, {batch.unique_tokens:,} positions for {batch.logical_tokens:,} tokens"
+        shared = "on" + (f" ({self.support.reason})" if self.support.reason else "")
+        return (
+            f"{shared}; first step: {len(batch.rows)} rows of {batch.logical_tokens:,} tokens in {len(batch.packs)} "
+            f"pack{'s' if len(batch.packs) > 1 else ''} of {batch.unique_tokens:,} tokens "
+            f"({batch.logical_tokens / batch.unique_tokens:.1f} times less); "
+            f"attention {self.attention}: {self.attention_reason}"
+        )
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimizer step's gradient: forward and backward of each part, scaled by the step's own divisor.
+
+        loss = sum of token losses / supervised tokens of the whole step, whatever the parts. Returns that mean.
+        """
+        batch: StepBatch = inputs
+        if self.options.self_check and batch.packs and not self._checked:
+            self._check_tree(model, batch)
+        assert batch.weight_sum > 0, "a step without labels cannot exist: such rows are refused when they are encoded"
+        self._random_at_step = random_state()
+        started = time.perf_counter()
+        model.train()
+        loss = torch.zeros((), device=self.args.device)
+        correct = torch.zeros((), device=self.args.device)
+        for part in batch.packs or batch.parts:
+            self._raise_if_stopped()
+            with self.compute_loss_context_manager():
+                output = self.part_loss(model, part)
+                part_mean = output.loss_sum / batch.weight_sum
+            self.accelerator.backward(part_mean)
+            loss += part_mean.detach()
+            correct += output.num_correct
+        self._raise_if_stopped()
+        if not torch.isfinite(loss):
+            raise self._not_finite("loss", float(loss), batch)
+        self._batch = batch
+        self._window.add(batch, correct, time.perf_counter() - started)
+        return loss
+
+    def _check_tree(self, model: nn.Module, batch: StepBatch) -> None:
+        """Compute a few rows of the first step plainly too, and stop where the tree does not agree."""
+        rows = sorted(batch.rows, key=lambda row: len(row.input_ids))[:3]
+        check = self_check(model, rows, self.pad_id, attention=self.attention)
+        self._checked = True
+        if not check.ok:
+            raise TrainingError(
+                "the prompt tree does not agree with plain rows on this model",
+                where=f"rows {', '.join(f'{row.file}:{row.line}' for row in rows)}",
+                details=[str(check)],
+                todo="Train with --tree off, and report it: this must not happen (--self_check off skips it).",
+            )
+
+    def part_loss(self, model: nn.Module, part: Any) -> LossOutput:
+        """Loss of one pack (the tree) or of one padded micro-batch (its plain twin)."""
+        if isinstance(part, tuple):
+            return plain_loss(model, part, self.pad_id)
+        return tree_loss(model, to_tensors(part, self.args.device), attention=self.attention)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise self._not_finite("gradient norm", float(norm), self._batch)
+        return norm
+
+    def _not_finite(self, what: str, value: float, batch: StepBatch) -> TrainingError:
+        last = self.keeper.newest()
+        return TrainingError(
+            f"the {what} of step {self.state.global_step + 1} is {value}",
+            details=[f"rows of the step: {batch.places()}" if batch.places() else "the rows come from memory"],
+            todo=f"Nothing was saved after it; last checkpoint: {last or 'none'}. "
+            "Try a lower --learning_rate, or --fp32; look at these rows with `espalier inspect`.",
+        )
+
+    def _raise_if_stopped(self) -> None:
+        if self.stop_signal is not None:
+            raise Interrupted(self.stop_signal)
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> StepLoader:
+        """One batch a step."""
+        alike = order_by_prefix(self.train_dataset) if self.options.group_by_prefix else None
+        sampler = StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=alike)
+        return self._loader(self.train_dataset, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
+        """The held-out rows in their order."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        return self._loader(rows, StepSampler(len(rows), size, 0, shuffle=False))
+
+    def _loader(self, rows: Any, sampler: StepSampler) -> StepLoader:
+        workers = self.args.dataloader_num_workers
+        return StepLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context or ("spawn" if workers else None),
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        """The step's divisor is in the batch itself."""
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows, not steps."""
+        return len(dataloader.dataset)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """4 x parameters x computed tokens: forward 2, backward through frozen weights 2."""
+        return int(4 * self._num_parameters * inputs.unique_tokens)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss, perplexity and token accuracy over all rows: sums only, through the code of training."""
+        model = self.model
+        was_training = model.training
+        model.eval()
+        loss_sum, weight_sum, supervised, correct, rows = 0.0, 0.0, 0, 0, 0
+        with torch.no_grad():
+            for batch in dataloader:
+                for part in batch.packs or batch.parts:
+                    self._raise_if_stopped()
+                    with self.compute_loss_context_manager():
+                        output = self.part_loss(model, part)
+                    loss_sum += float(output.loss_sum)
+                    weight_sum += output.weight_sum
+                    supervised += output.num_supervised
+                    correct += int(output.num_correct)
+                rows += len(batch.rows)
+        model.train(was_training)
+        loss = loss_sum / weight_sum
+        metrics = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": correct / supervised,
+            "supervised_tokens": supervised,
+        }
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=named, num_samples=rows)
+
+    # ---- log, save, resume ---------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As HF's; a log of training also says tokens a second and token accuracy since the last one."""
+        if "loss" in logs:
+            logs.update(self._window.report())
+            self._window = _Window()
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter as a PEFT folder, with the tokenizer: no pickle."""
+        self.keeper.save_adapter(self.model, Path(output_dir or self.args.output_dir or "."), self.processing_class)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.keeper.path(self.state.best_global_step))
+        self.keeper.save(self)
+
+    def save_interrupted(self) -> Path | None:
+        """A checkpoint of the last finished step, after `Interrupted`; None where no step was finished."""
+        if self.state.global_step == 0:
+            return None
+        return self.keeper.save(self, random=self._random_at_step)
+
+    def progress(self) -> dict[str, Any]:
+        """The log line in the making, which a checkpoint between two log lines must hold."""
+        return {
+            "loss_sum": float(self._tr_loss),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "window": self._window.to_dict(),
+        }
+
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        """Go on with what `progress` gave."""
+        self._tr_loss.fill_(progress["loss_sum"])
+        self._total_loss_scalar = progress["total_loss"]
+        self._globalstep_last_logged = progress["last_logged"]
+        self._window = _Window(**progress["window"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.keeper.load_adapter(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self.keeper.load_adapter(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.keeper.load_optimizer(self, Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.keeper.load_scaler(self, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.keeper.load_random(self, Path(checkpoint))
+
+
+@dataclass
+class _Window:
+    """Counts since the last log line."""
+
+    supervised: int = 0
+    logical: int = 0
+    unique: int = 0
+    seconds: float = 0.0
+    correct: Any = 0  # a tensor, so that adding to it does not wait for the device
+
+    def add(self, batch: StepBatch, correct: torch.Tensor, seconds: float) -> None:
+        self.supervised += batch.num_supervised
+        self.logical += batch.logical_tokens
+        self.unique += batch.unique_tokens
+        self.seconds += seconds
+        self.correct = self.correct + correct
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "correct": float(self.correct)}
+
+    def report(self) -> dict[str, float]:
+        if not self.supervised:
+            return {}
+        return {
+            "token_accuracy": float(self.correct) / self.supervised,
+            "supervised_tokens": self.supervised,
+            "logical_tokens": self.logical,
+            "unique_tokens": self.unique,
+            "supervised_tokens_per_second": round(self.supervised / max(self.seconds, 1e-9), 2),
+        }
+
+
+def _model_and_tokenizer(model: Any, tokenizer: Any, peft_config: Any) -> tuple[Any, Any]:
+    from peft import PeftModel
+
+    from espalier.model.load import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+    from espalier.model.lora import add_adapter
+
+    if isinstance(model, (str, Path)):
+        ref = resolve_model(model)
+        device = choose_device()[0]
+        model = load_model(ref, device=device, dtype=choose_dtype(device)[0])
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(ref)
+    if model is None:
+        raise UsageError("LoraTrainer needs a model", todo="Pass model=, a model or its name.")
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise UsageError(
+                "the model has an adapter already, and peft_config would wrap it again",
+                todo="Leave peft_config out, or pass the base model.",
+            )
+        return model, tokenizer
+    if peft_config is None:
+        raise UsageError("LoraTrainer trains an adapter", todo="Pass peft_config=LoraConfig(...), or a PeftModel.")
+    return add_adapter(model, peft_config), tokenizer
+
+
+def _pad_id(tokenizer: Any, model: Any) -> int:
+    """Any id will do: padding is masked by position, never by its id (case B02)."""
+    for owner, names in (
+        (tokenizer, ("pad_token_id", "eos_token_id")),
+        (model.config, ("pad_token_id", "eos_token_id")),
+    ):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value >= 0:
+                return value
+    return 0
+
+
+@contextlib.contextmanager
+def stop_on_signals(trainer: LoraTrainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run after the current micro-step; a second one ends the process at once."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if trainer.stop_signal is not None:
+            os._exit(128 + signum)
+        trainer.stop_signal = signum
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
