@@ -55,7 +55,7 @@ def delimiter_of(source: Source, notice: Notice) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    return [line for line in re.split(r"\r\n|\n|\r", text[:200_000]) if line.strip()]
+    return [line for line in re.split(r"\r\n|\n|\r", text[:200_000]) if line.strip(" \t\r\n")]
 
 
 def _kind_of_json(text: str) -> Kind:
