@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,9 @@ def load_model(
         extra |= convert_gguf_arguments()
     if device != "cpu":
         extra["device_map"] = {"": device}  # straight to the device: no second copy in the host's memory
-    with _clear_errors(ref, "its weights cannot be loaded"):
+    # A bar is for eyes: without a terminal it would fill a log.
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else quiet_transformers()
+    with _clear_errors(ref, "its weights cannot be loaded"), bars:
         model, info = auto_model.from_pretrained(
             where,
             dtype=dtype,
