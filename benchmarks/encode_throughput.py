@@ -20,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WORDS = (
+SENTENCE = (
     "the quick brown fox jumps over lazy dogs while seventeen engineers discuss gradient descent and 你好 世界 "
     "learning rates, momentum; however nobody (really) asked: why? It's 2,026 already."
-).split()
+)
+WORDS = SENTENCE.split()
 
 
 def make_rows(path: Path, num_rows: int, num_turns: int) -> None:

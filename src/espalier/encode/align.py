@@ -67,24 +67,25 @@ class Aligner:
     def tokenise(self, rows: Sequence[Rendered]) -> list[list[Tokenised] | RowRefused]:
         """One entry a row: its token rows (several where its answers had to be set apart), or why it is refused."""
         encodings = self.backend.encode_batch([row.text for row in rows], add_special_tokens=False)
-        joint = [self._spans(row, encoding) for row, encoding in zip(rows, encodings, strict=True)]
-        checks = [(row, e.ids, spans) for row, e, spans in zip(rows, encodings, joint, strict=True) if spans]
+        row_ids = [encoding.ids for encoding in encodings]  # each access copies
+        joint = [self._spans(row, e, ids) for row, e, ids in zip(rows, encodings, row_ids, strict=True)]
+        checks = [(row, ids, spans) for row, ids, spans in zip(rows, row_ids, joint, strict=True) if spans]
         faithful = iter(self._faithful(checks))
         result: list[list[Tokenised] | RowRefused] = []
-        for row, encoding, spans in zip(rows, encodings, joint, strict=True):
+        for row, ids, spans in zip(rows, row_ids, joint, strict=True):
             try:
                 good = next(faithful) if spans else None
                 if spans and good is not None:
-                    self._check_ends(row, encoding.ids, spans)
-                    notes = (*row.notes, *good, *self._prompt_notes(row, encoding, spans))
-                    result.append([Tokenised(encoding.ids, tuple(spans), row, notes)])
+                    self._check_ends(ids, spans)
+                    notes = (*row.notes, *good, *self._prompt_notes(row, ids))
+                    result.append([Tokenised(ids, tuple(spans), row, notes)])
                 else:
                     result.append(self._apart(row))
             except RowRefused as refusal:
                 result.append(refusal)
         return result
 
-    def _spans(self, row: Rendered, encoding: Any) -> list[TokenSpan] | None:
+    def _spans(self, row: Rendered, encoding: Any, ids: list[int]) -> list[TokenSpan] | None:
         """Token spans in the row tokenised as a whole, or None where a border falls inside a token."""
         spans = []
         for span in row.spans:
@@ -100,7 +101,7 @@ class Aligner:
                 last += 1
             if encoding.token_to_chars(first)[0] != span.start and span.start > 0:
                 return None
-            if not self._prompt_holds(row, span, encoding.ids, first):
+            if not self._prompt_holds(row, span, ids, first):
                 return None
             spans.append(TokenSpan(first, last + 1, span.weight, span.message))
         return spans
@@ -141,15 +142,15 @@ class Aligner:
             found.append(notes)
         return found
 
-    def _check_ends(self, row: Rendered, ids: list[int], spans: Sequence[TokenSpan]) -> None:
+    def _check_ends(self, ids: list[int], spans: Sequence[TokenSpan]) -> None:
         """Exactly one turn end an answer: a text that holds the end token would teach to stop in the middle."""
         for span in spans:
             end = ids[span.end - 1]
             if end in self.specials and ids.count(end) > len(spans) and end in ids[span.start : span.end - 1]:
                 raise RowRefused(f"the answer holds the end token ({self.template.tokenizer.decode([end])!r})")
 
-    def _prompt_notes(self, row: Rendered, encoding: Any, spans: Sequence[TokenSpan]) -> tuple[str, ...]:
-        if self.unk_id is None or self.unk_id not in encoding.ids:
+    def _prompt_notes(self, row: Rendered, ids: list[int]) -> tuple[str, ...]:
+        if self.unk_id is None or self.unk_id not in ids:
             return ()
         return (UNKNOWN_IN_PROMPT,) if self._unknown(row.text) else ()
 
@@ -182,7 +183,7 @@ class Aligner:
                 notes = (*notes, NORMALISED)
             ids = prompt_ids + answer_ids
             place = TokenSpan(len(prompt_ids), len(ids), span.weight, span.message)
-            self._check_ends(row, ids, [place])
+            self._check_ends(ids, [place])
             return [Tokenised(ids, (place,), row, notes)]
         raise RowRefused("the tokenizer does not give the answer's text back after its prompt")
 

@@ -7,8 +7,9 @@ import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -222,17 +223,20 @@ def _encoded_chunks(
     chunks: Iterator[list[Example | BadRow]], encoder: Encoder, num_workers: int
 ) -> Iterator[tuple[Packed, Counts]]:
     """The chunks' results in their order, whoever computed them."""
+    pool: Executor
+    work: Callable[[list[Example | BadRow]], tuple[Packed, Counts]]
     if num_workers <= 0:
-        for chunk in chunks:
-            yield encode_chunk(encoder, chunk)
-        return
-    # spawn: a forked tokenizer may hold locks of threads that do not exist in the child.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(encoder,)) as pool:
+        # Two threads: while one waits for the tokenizer's own threads, the other renders and labels.
+        pool, work = ThreadPoolExecutor(2), partial(encode_chunk, encoder)
+    else:
+        # spawn: a forked tokenizer may hold locks of threads that do not exist in the child.
+        context = multiprocessing.get_context("spawn")
+        pool, work = ProcessPoolExecutor(num_workers, context, _start_worker, (encoder,)), _work
+    with pool:
         waiting: deque[Future[tuple[Packed, Counts]]] = deque()
         for chunk in chunks:
-            waiting.append(pool.submit(_work, chunk))
-            if len(waiting) > 3 * num_workers:  # bounded: reading must not run ahead of encoding
+            waiting.append(pool.submit(work, chunk))
+            if len(waiting) > 3 * max(1, num_workers):  # bounded: reading must not run ahead of encoding
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
