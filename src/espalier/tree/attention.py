@@ -236,10 +236,11 @@ class _Merged(torch.autograd.Function):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         _, heads, tokens, width = query.shape
         nested = any(parent >= 0 for parent in layout.parent)
-        # Parts are weighted and added in float32; without a tree there is nothing to add.
-        output = query.new_empty((1, tokens, heads, width), dtype=torch.float32 if nested else query.dtype)
+        # Parts are weighted and added in float32 at least; without a tree there is nothing to add.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        output = query.new_empty((1, tokens, heads, width), dtype=wide if nested else query.dtype)
         merged = output.transpose(1, 2)  # [1, H, T, D]
-        lse = query.new_empty((1, heads, tokens), dtype=torch.float32)
+        lse = query.new_empty((1, heads, tokens), dtype=wide)
         for begin, end, last, parent in layout.segments():
             own = slice(begin, last)
             part, part_lse = kernel(
@@ -266,7 +267,7 @@ class _Merged(torch.autograd.Function):
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         for begin, end, last, parent in ctx.layout.segments():
             own, keys = slice(begin, last), slice(begin, end)
-            wide = query.dtype if last - begin > _SHORT_QUERIES else torch.float32
+            wide = query.dtype if last - begin > _SHORT_QUERIES else torch.promote_types(query.dtype, torch.float32)
             part = kernel(
                 grad_output[:, :, own].to(wide),
                 query[:, :, own].to(wide),
@@ -306,9 +307,7 @@ def choose_attention(config: PretrainedConfig, device: torch.device | str, reque
         raise UsageError(f"unknown attention {requested!r}", todo=f"Choose one of: auto, {', '.join(ATTENTION_NAMES)}.")
     if where != "cpu":
         if requested == "merged":
-            raise UsageError(
-                f"--attention merged runs on the CPU only, not on {where}", todo="Choose auto or reference."
-            )
+            raise UsageError(f"--attention merged runs on the CPU, not on {where}", todo="Choose auto or reference.")
         obstacle = f"a dense mask: no other way has been tested on {where} yet"
     elif text.model_type in STOCK_MASK_MODEL_TYPES:
         obstacle = f"{text.model_type} takes a ready mask only"

@@ -198,6 +198,11 @@ def logit_rule(base: PreTrainedModel) -> _LogitRule:
     finally:
         for module in training:
             module.training = True
+    if not bool(expected.isfinite().all()):
+        raise ModelError(
+            f"{type(base).__name__} gives logits that are not numbers, before any training",
+            todo="Check that its weights are whole, or load it in another dtype.",
+        )
     rules = [_LogitRule(scale, cap) for cap in caps for scale in scales]
     errors = [float((rule(raw) - expected).abs().max()) for rule in rules]
     best = min(range(len(rules)), key=errors.__getitem__)

@@ -15,7 +15,7 @@ from espalier.tree.plan import plan_step
 # (relative difference of the mean loss, of the gradient as a vector) that rounding alone explains. A wrong mask gives
 # 0.1 to 1 in both. 16 bits: see benchmarks/tree_cost.py for the spread between two plain runs.
 _TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.float64: (1e-9, 1e-6)}
-_TOLERANCE_16_BITS = (1e-2, 1e-1)
+_TOLERANCE_16_BITS = (4e-2, 2e-1)
 
 
 @dataclass(frozen=True, slots=True)
