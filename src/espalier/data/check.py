@@ -104,8 +104,9 @@ class _Keys:
     def add(self, example: Example) -> None:
         if not self.names or self.names[-1] != example.file:
             self.names.append(example.file)
-        self.prompts.append(key(prompt_text(example)))
-        self.rows.append(key(row_text(example)))
+        prompt = prompt_text(example)
+        self.prompts.append(key(prompt))
+        self.rows.append(key(row_text(example, prompt)))
         self.lines.append(example.line)
         self.files.append(len(self.names) - 1)
         if example.text is not None:

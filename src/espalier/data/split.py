@@ -28,19 +28,27 @@ def prompt_text(example: Example) -> str:
         marker = _TEXT_ANSWER.search(example.text)
         return example.text[: marker.end()] if marker else example.text
     first = example.train.index(True) if True in example.train else len(example.train)
-    return _canonical(example, first)
+    return _canonical(example, 0, first)
 
 
-def row_text(example: Example) -> str:
-    """Prompt and answers in one string; different conversations give different strings."""
-    return example.text if example.text is not None else _canonical(example, len(example.messages))
+def row_text(example: Example, prompt: str | None = None) -> str:
+    """Prompt and answers in one string; different conversations give different strings. `prompt`: known already."""
+    if example.text is not None:
+        return example.text
+    prompt = prompt_text(example) if prompt is None else prompt
+    first = example.train.index(True) if True in example.train else len(example.train)
+    return prompt + _canonical(example, first, len(example.messages))
 
 
-def _canonical(example: Example, end: int) -> str:
-    parts: list[object] = list(example.messages[:end])
-    if example.tools:
-        parts.append(example.tools)
-    return _ENCODER.encode(parts)
+def _canonical(example: Example, start: int, end: int) -> str:
+    """Messages one behind the other. A text follows its length, JSON begins with a bracket: unambiguous."""
+    parts = []
+    if example.tools and start == 0:
+        parts.append(_ENCODER.encode(example.tools))
+    for message in example.messages[start:end]:
+        content = message["content"]
+        parts.append(f"{message['role']} {len(content)} {content}" if len(message) == 2 else _ENCODER.encode(message))
+    return "".join(parts)
 
 
 def key(text: str) -> int:

@@ -192,6 +192,8 @@ def _check_learnable(messages: Sequence[Mapping[str, Any]], train: Sequence[bool
 def _weights(weights: Sequence[float], train: Sequence[bool], fields: Mapping[str, Any]) -> tuple[float, ...]:
     """One factor a message, the row's weight multiplied in; empty where all that count are 1."""
     row = number_of(fields.get("weight"), "weight")
+    if row == 1 and weights.count(1.0) == len(weights):
+        return ()
     if row == 0:
         raise Refused("nothing to learn (the row has weight 0)")
     factors = tuple(row * weight if learnt else 1.0 for weight, learnt in zip(weights, train, strict=True))
