@@ -14,9 +14,7 @@ from espalier.data.source import PARQUET_MAGIC, Source
 from espalier.errors import DataError
 
 Kind = Literal["lines", "document", "wrapped", "csv", "parquet"]
-_WRAPPED = re.compile(
-    r'\{\s*(?:"[^"{}\[\]]*"\s*:\s*(?:"[^"]*"|[^"{}\[\]]*)\s*,\s*)*"' + WRAPPER_KEY + r'"\s*:\s*\[\s*[{\]]'
-)
+_LIST_OF_OBJECTS = re.compile(r"\[\s*[{\]]")
 _KNOWN_COLUMNS = {"instruction", "input", "output", "text", "prompt", "completion", "messages", "conversations"}
 
 
@@ -34,6 +32,8 @@ def kind_of(source: Source) -> Kind:
         return "csv"
     if source.suffix in (".json", ".jsonl", ".ndjson") or _first_value_ends(_lines(text)[0]):
         return "lines"
+    if source.suffix == ".parquet":
+        raise DataError("no Parquet file (its first bytes are not PAR1)", where=source.name)
     raise DataError(
         f"not recognised as JSON, JSON Lines, CSV or Parquet (it begins with {text[:30]!r})",
         where=source.name,
@@ -61,7 +61,7 @@ def _lines(text: str) -> list[str]:
 def _kind_of_json(text: str) -> Kind:
     lines = re.split(r"\r\n|\n|\r", text, maxsplit=1)
     first, rest = lines[0], lines[1].strip() if len(lines) > 1 else ""
-    wrapped: Kind = "wrapped" if _WRAPPED.match(text) else "document"
+    wrapped: Kind = "wrapped" if _is_wrapped(text) else "document"
     ended = _first_value_ends(first)
     if text[0] == "[":
         # One list a line only where lists do end at their lines' ends and more lines follow.
@@ -88,6 +88,30 @@ def _first_value_ends(line: str) -> bool | None:
     except (ValueError, RecursionError):
         return True
     return True if end == len(line) or line[end:].lstrip()[:1] in ("{", "[") else None
+
+
+def _is_wrapped(text: str) -> bool:
+    """Is this {..., "data": [{...}, ...], ...}, and not a row?"""
+    at = 1
+    try:
+        while True:
+            key, at = DECODER.raw_decode(text, _after_blanks(text, at))
+            colon = _after_blanks(text, at)
+            if text[colon : colon + 1] != ":" or not isinstance(key, str) or key in _KNOWN_COLUMNS:
+                return False
+            at = _after_blanks(text, colon + 1)
+            if key == WRAPPER_KEY:
+                return _LIST_OF_OBJECTS.match(text, at) is not None
+            _, at = DECODER.raw_decode(text, at)
+            at = _after_blanks(text, at) + 1
+    except (ValueError, RecursionError):
+        return False
+
+
+def _after_blanks(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
 
 
 def _goes_on_well(text: str) -> bool:

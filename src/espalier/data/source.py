@@ -7,6 +7,7 @@ file first, and UTF-16 is rewritten as UTF-8 there, so that all readers see one 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import glob
 import gzip
 import io
@@ -123,7 +124,8 @@ def check_encoding(encoding: str) -> str:
     """The codec's own name. Raises UsageError for a name that Python does not know as a text encoding."""
     try:
         b"".decode(encoding)
-        return codecs.lookup(encoding).name
+        name = codecs.lookup(encoding).name
+        return "utf-8" if name == "utf-8-sig" else name  # a mark is looked for in every file
     except (LookupError, ValueError) as error:
         raise UsageError(
             f"unknown encoding {encoding!r}",
@@ -134,28 +136,28 @@ def check_encoding(encoding: str) -> str:
 
 def expand(files: Sequence[str]) -> list[str]:
     """Names to files: globs are expanded and sorted. Raises one DataError that lists all names that are no file."""
-    found, wrong = [], []
+    found: list[str] = []
+    wrong: list[tuple[str, str]] = []
     for name in files:
         if name == "-" or name.startswith("hub:") or os.path.exists(name):
             matches = [name]
         elif glob.has_magic(name):
             matches = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
             if not matches:
-                wrong.append(f"{name}: no file matches")
+                wrong.append((name, "no file matches"))
         else:
             matches = []
-            wrong.append(f"{name}: no such file{_near(name)}")
+            wrong.append((name, f"no such file{_near(name)}"))
         for path in matches:
             if os.path.isdir(path):
-                wrong.append(f"{path}: is a folder{_inside(path)}")
+                wrong.append((path, f"is a folder{_inside(path)}"))
             elif path != "-" and not path.startswith("hub:") and not os.access(path, os.R_OK):
-                wrong.append(f"{path}: may not be read (permission denied)")
+                wrong.append((path, "may not be read (permission denied)"))
         found += matches
     if len(wrong) == 1:
-        where, _, what = wrong[0].rpartition(": ")
-        raise DataError(what, where=where)
+        raise DataError(wrong[0][1], where=wrong[0][0])
     if wrong:
-        raise DataError(f"{len(wrong)} data files cannot be read", details=wrong)
+        raise DataError(f"{len(wrong)} data files cannot be read", details=[f"{name}: {what}" for name, what in wrong])
     if not found:
         raise DataError("no data file given")
     return found
@@ -191,7 +193,8 @@ def opened(name: str, encoding: str | None, notice: Notice) -> Iterator[Source]:
     source = Source(name, name, encoding or "utf-8")
     try:
         if name == "-" or not os.path.isfile(name):
-            source.path = _spool(source, sys.stdin.buffer if name == "-" else open(name, "rb"))  # noqa: SIM115
+            with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as stream:
+                source.path = _spool(source, stream)
         _look(source)
         if source.head.startswith(PARQUET_MAGIC):
             if source.compression:  # Parquet is read from its end, which a compressed stream cannot give
@@ -201,7 +204,7 @@ def opened(name: str, encoding: str | None, notice: Notice) -> Iterator[Source]:
             yield source
             return
         _find_mark(source, encoding, notice)
-        if codecs.lookup(source.encoding).name.startswith(("utf-16", "utf-32")):
+        if b"{}\n".decode(source.encoding, errors="replace") != "{}\n":  # lines cannot be found by their bytes
             _rewrite_as_utf8(source)
         yield source
     finally:
@@ -247,7 +250,7 @@ def _find_mark(source: Source, encoding: str | None, notice: Notice) -> None:
             if found != "utf-8":
                 shown = " ".join(f"{byte:02X}" for byte in mark)
                 notice(f"{source.name}: read as {found.upper()} (starts with {shown})")
-            elif encoding and codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
+            elif encoding and codecs.lookup(encoding).name != "utf-8":
                 notice(f"{source.name}: read as UTF-8, not {encoding} (it starts with the UTF-8 mark)")
             if found != "utf-8":  # which byte order: the mark is gone by the time the text is decoded
                 source.encoding += "-le" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF32_LE) else "-be"

@@ -95,13 +95,16 @@ def text_of(value: Any, key: str, said: Said, *, answer: bool = False) -> str:
 
 def number_of(value: Any, key: str) -> float:
     """A weight; absent is 1. Raises Refused for what is no number of at least 0."""
-    if value is None:
+    if value is None or value == "":
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, (Number, float)):
-        raise Refused(f"{key} is {value!r} (a number of at least 0 is expected)")
-    number = float(value)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # a CSV file has numbers as texts
+    except (TypeError, ValueError):
+        number = math.nan
     if not math.isfinite(number) or number < 0:
-        raise Refused(f"{key} is {value} (a finite number of at least 0 is expected)")
+        raise Refused(
+            f"{key} is {value if isinstance(value, Number) else repr(value)} (a number of at least 0 is expected)"
+        )
     return number
 
 

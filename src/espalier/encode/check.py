@@ -40,13 +40,14 @@ class TokenCheck:
         self._stops = set(turn_end_ids(encoder.tokenizer, encoder.template))
         self._without_stop: tuple[int, list[str]] = (0, [])
         self._worst: list[tuple[int, str]] = []  # a heap: (tokens, place) of the longest refused rows
-        self._num_overlong = 0
+        self._num_overlong = self._num_examples = 0
         self._sample: list[npt.NDArray[np.int32]] = []
         self._random = random.Random(seed)
 
     def add(self, examples: Sequence[Example]) -> list[BadRow | None]:
         """Per example, why it is left out, or None."""
         verdicts = []
+        self._num_examples += len(examples)
         for example, outcome in zip(examples, self.encoder.encode_batch(examples), strict=True):
             place = f"{example.file}:{example.line}"
             verdicts.append(outcome.bad)
@@ -87,10 +88,10 @@ class TokenCheck:
         if self._num_overlong:
             worst = [{"place": place, "tokens": tokens} for tokens, place in sorted(self._worst, reverse=True)]
             shown = ", ".join(f"{row['place']} ({row['tokens']:,} tokens)" for row in worst)
-            total = self._num_overlong + len(self._lengths)
+            share = self._num_overlong / self._num_examples
             message = (
                 f"{self._num_overlong} rows are longer than {self.encoder.max_length:,} tokens "
-                f"({self._num_overlong / total:.1%}; policy {self.encoder.overlength}); the longest: {shown}"
+                f"({share:.1%}; policy {self.encoder.overlength}); the longest: {shown}"
             )
             found.append(CheckWarning("overlong", message, {"count": self._num_overlong, "worst": worst}))
         for note, (count, places) in self._notes.items():
