@@ -73,7 +73,7 @@ def explain(error: Exception, text: str, *, base: int = 0) -> tuple[str, int]:
     at = error.pos
     here = text[at : at + 1]
     comma = _comma_before_end(text, at)
-    if comma is not None:
+    if comma is not None and error.msg.startswith(("Expecting", "Illegal trailing comma")):
         return "trailing comma", comma
     if here == "\0":
         return "NUL byte", at
