@@ -61,7 +61,7 @@ class Columns:
         if not keys:
             return Layout((), problem="an empty object", unknown=True)
         ours = [self.our_name(key) for key in keys]
-        formats = (self._format,) if self._format else _recognise(ours)
+        formats = (self._format,) if self._format else self._mapped_first(_recognise(ours))
         known = set(KEYS[formats[0]]) if formats else _OURS
         strange = tuple(key for key, our in zip(keys, ours, strict=True) if our not in known)
         found = f"found {', '.join(map(repr, keys))}"
@@ -78,6 +78,10 @@ class Columns:
         if formats[0] != "alpaca" and KEYS[formats[0]][0] not in ours:
             return Layout(formats, strange, f"no {KEYS[formats[0]][0]!r} ({found})")
         return Layout(formats, strange)
+
+    def _mapped_first(self, formats: tuple[str, ...]) -> tuple[str, ...]:
+        """Who maps a column to a format's own key wants that format, whatever other columns the file has."""
+        return tuple(sorted(formats, key=lambda name: not self._columns.keys() & set(_needed(name))))
 
 
 def check_options(options: FormatOptions) -> None:
@@ -107,10 +111,10 @@ def _recognise(keys: Sequence[str | None]) -> tuple[str, ...]:
         found.append("prompt_completion")
     if "instruction" in keys or "output" in keys:
         found.append("alpaca")
-    if not found and ("prompt" in keys or "completion" in keys):
-        found.append("prompt_completion")
     if "text" in keys:
         found.append("text")
+    if "prompt_completion" not in found and ("prompt" in keys or "completion" in keys):
+        found.append("prompt_completion")
     return tuple(found)
 
 

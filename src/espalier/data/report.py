@@ -14,6 +14,7 @@ from espalier.data.check import NOTE, CheckReport
 from espalier.data.rows import places
 
 _BAR_CHARS = 40
+_LOG_WIDTH = 160  # characters, where the output goes to a file: paths should stay whole
 
 
 def safe_console(stream: Any = None) -> Console:
@@ -21,7 +22,8 @@ def safe_console(stream: Any = None) -> Console:
     stream = stream or sys.stdout
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
-    return Console(file=stream, highlight=False, markup=False, soft_wrap=True)
+    width = None if stream.isatty() else _LOG_WIDTH
+    return Console(file=stream, highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def visible(text: str) -> str:
