@@ -90,7 +90,10 @@ class Aligner:
         spans = []
         for span in row.spans:
             first, last = encoding.char_to_token(span.start), encoding.char_to_token(span.end - 1)
-            if first is None or last is None or encoding.token_to_chars(last)[1] > span.end:
+            if first is None or last is None:
+                return None
+            # A turn end may be marked to swallow the whitespace after it (Phi-3's are).
+            if encoding.token_to_chars(last)[1] > span.end and ids[last] not in self.specials:
                 return None
             if first == 0 and span.start > 0:
                 return None
