@@ -68,6 +68,8 @@ REFUSED: dict[str, Refusal] = {
     "save_on_each_node": Refusal("one process writes", (False,)),
     "dataloader_drop_last": Refusal("no row is dropped without a word", (False,)),
     "dataloader_in_order": Refusal("steps come in the order that seed and epoch give", (True,)),
+    "dataloader_persistent_workers": Refusal("workers always live for the whole run", (True,)),
+    "dataloader_pin_memory": Refusal("plans are made of numpy arrays and are small: nothing is pinned", (False,)),
     "data_seed": Refusal("one seed orders the rows: --seed"),
     "push_to_hub": Refusal(_HUB, (False,)),
     "hub_token": Refusal(_HUB),

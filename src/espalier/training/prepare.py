@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.config import RunConfig
 from espalier.data.formats import FormatOptions, bad_rows_error, group_bad_rows
-from espalier.data.source import expand
-from espalier.encode.cache import cache_key
 from espalier.encode.encode import TOO_LONG, Encoder
 from espalier.encode.length import length_limit
 from espalier.encode.stops import check_vocabulary, generation_stop_ids
@@ -46,7 +44,7 @@ class Prepared:
     generation: GenerationConfig
     stop_ids: list[int]
     max_steps: int
-    data_key: str
+    rows_digest: str
     data_files: tuple[dict[str, Any], ...]
 
 
@@ -114,7 +112,7 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
         generation=generation,
         stop_ids=stop_ids,
         max_steps=count_steps(config, len(train_rows), say),
-        data_key=cache_key(expand(config.dataset_path), encoder, format_options(config)) or "",
+        rows_digest=rows_digest(train_rows),
         data_files=tuple(describe_file(name) for name in config.dataset_path),
     )
 
@@ -180,6 +178,16 @@ def count_steps(config: RunConfig, num_rows: int, say: Say) -> int:
     if warmup >= steps:
         say("", f"warning: the warm-up of {warmup} steps is as long as the run: the learning rate is never reached")
     return steps
+
+
+def rows_digest(rows: EncodedDataset) -> str:
+    """sha256 over ids, labels and weights of all rows in order: what a resumed run must find again."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for array in (row.input_ids, row.labels, *(() if row.weights is None else (row.weights,))):
+            digest.update(len(array).to_bytes(8, "little"))
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def describe_file(name: str) -> dict[str, Any]:

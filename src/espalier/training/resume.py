@@ -42,7 +42,6 @@ MAY_CHANGE = frozenset(
         "logging_first_step",
         "run_name",
         "dataloader_prefetch_factor",
-        "dataloader_persistent_workers",
     }
 )
 
@@ -73,7 +72,7 @@ def check_record(file: Path, now: dict[str, Any]) -> None:
     if then.get("base", {}).get("fingerprint") != now["base"]["fingerprint"]:
         changed.append(f"the base: {then.get('base', {}).get('name')} -> {now['base']['name']}, or its weights differ")
     if then.get("data", {}).get("fingerprint") != now["data"]["fingerprint"]:
-        changed.append("the rows, their encoding or the tokenizer")
+        changed.append("the rows as they are encoded: data, tokenizer, template or length policy")
     if changed:
         raise CheckpointError(
             "this is not what the run was started with",

@@ -254,7 +254,7 @@ def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
             "read": prepared.result.counts.num_read,
             "trained": len(prepared.train_rows),
             "held_out": len(prepared.eval_rows) if prepared.eval_rows is not None else 0,
-            "fingerprint": prepared.data_key,
+            "fingerprint": prepared.rows_digest,
         },
     }
 

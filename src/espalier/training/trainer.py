@@ -127,7 +127,8 @@ class LoraTrainer(Trainer):
 
     def describe_tree(self) -> str:
         """One line for the header: what is shared, how, and what the first step gains."""
-        batch = next(iter(self.get_train_dataloader()))
+        first = next(iter(self._train_sampler()))
+        batch: StepBatch = cast(Any, self.data_collator)([self.train_dataset[i] for i in first])
         if not self.options.tree:
             why = self.support.reason or "--tree off"
             return f"off ({why}): padded rows, {batch.unique_tokens:,} positions for {batch.logical_tokens:,} tokens"
@@ -212,9 +213,11 @@ class LoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> StepLoader:
         """One batch a step."""
+        return self._loader(self.train_dataset, self._train_sampler())
+
+    def _train_sampler(self) -> StepSampler:
         alike = order_by_prefix(self.train_dataset) if self.options.group_by_prefix else None
-        sampler = StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=alike)
-        return self._loader(self.train_dataset, sampler)
+        return StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=alike)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         """The held-out rows in their order."""
@@ -232,7 +235,7 @@ class LoraTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            persistent_workers=workers > 0,  # starting them anew for each epoch costs seconds
             multiprocessing_context=self.args.dataloader_multiprocessing_context or ("spawn" if workers else None),
         )
 
