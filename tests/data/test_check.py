@@ -12,7 +12,7 @@ from espalier.data.check import CheckReport, check_files, exit_code
 from espalier.data.formats import FormatOptions
 from espalier.data.report import print_report, safe_console, visible
 from espalier.data.rows import Example
-from espalier.data.split import is_heldout, key, prompt_text, split_examples
+from espalier.data.split import is_heldout, key, prompt_text
 from espalier.errors import DataError, UsageError
 
 
@@ -178,11 +178,10 @@ def test_split_is_by_prompt_and_seed() -> None:
         Example(({"role": "user", "content": f"q{i % 500}"}, {"role": "assistant", "content": str(i)}), (False, True))
         for i in range(2000)
     ]
-    train, heldout = split_examples(examples, 0.2, seed=1)
-    assert len(train) + len(heldout) == 2000
+    heldout = [example for example in examples if is_heldout(example, 0.2, 1)]
+    train = [example for example in examples if not is_heldout(example, 0.2, 1)]
     assert not {prompt_text(e) for e in train} & {prompt_text(e) for e in heldout}
     assert 0.12 < len(heldout) / 2000 < 0.28
-    assert heldout == [example for example in examples if is_heldout(example, 0.2, 1)]
     assert heldout != [example for example in examples if is_heldout(example, 0.2, 2)]
     # Fixed for ever: a run that is resumed elsewhere must hold out the same rows.
     assert [is_heldout(example, 0.5, 0) for example in examples[:8]] == [

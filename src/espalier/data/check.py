@@ -17,7 +17,7 @@ from espalier.data.contents import Contents
 from espalier.data.formats import Example, FormatOptions, check_options, iter_pairs
 from espalier.data.output import LinesFile, kept_line, reject_line
 from espalier.data.read import read_rows
-from espalier.data.rows import BadRow, RawRow
+from espalier.data.rows import MAX_RAW_CHARS, BadRow, RawRow
 from espalier.data.source import expand
 from espalier.data.split import key, prompt_text, row_text
 from espalier.errors import DataError
@@ -213,8 +213,8 @@ class _Check:
                 yield row, example
                 continue
             bad = next(verdicts)
-            if bad is not None and not bad.text and isinstance(row, RawRow):
-                bad = BadRow(bad.file, bad.line, bad.reason, row.text)
+            if bad is not None and isinstance(row, RawRow) and row.text:
+                bad = BadRow(bad.file, bad.line, bad.reason, row.text[:MAX_RAW_CHARS])
             yield row, example if bad is None else bad
 
     def _leave_out(self, row: BadRow, rejects: LinesFile | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 
 from espalier.data.formats import Example
 from espalier.errors import UsageError
@@ -66,12 +65,3 @@ def is_heldout(example: Example, fraction: float, seed: int = 0) -> bool:
     salt = _SPLIT_SALT + seed.to_bytes(8, "little", signed=True)
     digest = hashlib.blake2b(prompt_text(example).encode(), digest_size=8, key=salt).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
-
-
-def split_examples(examples: Iterable[Example], fraction: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(train, held out), both in the order given."""
-    train: list[Example] = []
-    heldout: list[Example] = []
-    for example in examples:
-        (heldout if is_heldout(example, fraction, seed) else train).append(example)
-    return train, heldout

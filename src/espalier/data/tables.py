@@ -50,6 +50,8 @@ def _records(reader: Any) -> Iterator[tuple[int, list[str] | str]]:
         except csv.Error as error:
             if "unexpected end" in str(error):
                 yield line, f"a quote is never closed (it swallows lines {line} to {reader.line_num})"
+            elif "NUL" in str(error):  # Python 3.10's reader stops at one
+                yield line, "NUL byte"
             else:
                 yield line, f"damaged quotes ({error})"
             continue
