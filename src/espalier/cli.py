@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from espalier import __version__
-from espalier.errors import EspalierError
+from espalier.config import DEFAULT_MODEL
+from espalier.errors import EspalierError, UsageError
+
+if TYPE_CHECKING:
+    from espalier.encode.encode import Encoder
 
 app = typer.Typer(
     name="espalier",
@@ -17,8 +21,40 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("-", "_"),  # --model-path is --model_path
+    },
 )
+
+# Options that several commands share.
+Files = Annotated[
+    list[str], typer.Argument(help="Data files, globs, '-' or hub:owner/name[:split].", show_default=False)
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model_path", help="Base model: smollm2-135m, a folder, a .gguf file or a hub name.")
+]
+TemplateOption = Annotated[
+    str | None, typer.Option("--template", help="Chat template: atom, chatml, plain or a jinja file.")
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", help="alpaca, messages, sharegpt, prompt_completion or text; else recognised."),
+]
+ColumnsOption = Annotated[str | None, typer.Option("--columns", help="Names of the columns: prompt=q,completion=a.")]
+EncodingOption = Annotated[str | None, typer.Option("--encoding", help="Text encoding of the files; else UTF-8.")]
+SentenceOption = Annotated[
+    str, typer.Option("--input_sentence", help="Between instruction and input: none, en, zh or a text.")
+]
+LengthOption = Annotated[
+    int | None, typer.Option("--max_seq_length", help="Longest row in tokens; else the model's own limit.")
+]
+OverlengthOption = Annotated[
+    Literal["drop", "truncate_prompt", "split", "error"],
+    typer.Option("--overlength", help="For rows longer than that."),
+]
+TrainOnOption = Annotated[Literal["all", "last"], typer.Option("--train_on", help="Which assistant turns are learnt.")]
+TrustOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that comes with the model.")]
 
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -57,6 +93,166 @@ def train_command(context: typer.Context) -> None:
     from espalier.training.run import train
 
     train(config)
+
+
+@app.command("check")
+def check_command(
+    files: Files,
+    model_path: ModelOption = None,
+    heldout: Annotated[list[str] | None, typer.Option("--eval_dataset_path", help="Held-out rows to compare.")] = None,
+    template: TemplateOption = None,
+    format: FormatOption = None,
+    columns: ColumnsOption = None,
+    encoding: EncodingOption = None,
+    input_sentence: SentenceOption = "none",
+    max_seq_length: LengthOption = None,
+    overlength: OverlengthOption = "drop",
+    train_on: TrainOnOption = "all",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where there are warnings.")] = False,
+    fix: Annotated[str | None, typer.Option("--fix", help="Write the kept rows to this JSONL file.")] = None,
+    rejects: Annotated[str | None, typer.Option("--rejects", help="Write the left-out rows and reasons here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Check data files: what is kept, left out and why. Exit 0 clean, 1 warnings with --strict, 2 errors."""
+    from espalier.encode.check import run_check
+
+    def encoder() -> Encoder:
+        assert model_path is not None
+        return _encoder(model_path, template, max_seq_length, overlength, train_on, trust_remote_code)
+
+    code = run_check(
+        files,
+        heldout=heldout,
+        options=_format_options(format, columns, encoding, input_sentence),
+        encoder_factory=encoder if model_path is not None else None,
+        strict=strict,
+        fix=fix,
+        rejects=rejects,
+        as_json=as_json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command("inspect")
+def inspect_command(
+    files: Files,
+    model_path: ModelOption = DEFAULT_MODEL,
+    row: Annotated[int | None, typer.Option("--row", help="The row of this number, from 1.")] = None,
+    line: Annotated[int | None, typer.Option("--line", help="The row on this line of the file, from 1.")] = None,
+    random_rows: Annotated[int | None, typer.Option("--random", help="So many rows, chosen at random.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of that choice.")] = 0,
+    template: TemplateOption = None,
+    format: FormatOption = None,
+    columns: ColumnsOption = None,
+    encoding: EncodingOption = None,
+    input_sentence: SentenceOption = "none",
+    max_seq_length: LengthOption = None,
+    overlength: OverlengthOption = "drop",
+    train_on: TrainOnOption = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a row.")] = False,
+    html: Annotated[str | None, typer.Option("--html", help="Write a page that needs nothing else.")] = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Show rows as they will be trained: tokens, ids, what is learnt, what the template added."""
+    from espalier.encode.inspect import run_inspect
+
+    code = run_inspect(
+        files,
+        _encoder(model_path or DEFAULT_MODEL, template, max_seq_length, overlength, train_on, trust_remote_code),
+        _format_options(format, columns, encoding, input_sentence),
+        row=row,
+        line=line,
+        random_rows=random_rows,
+        seed=seed,
+        as_json=as_json,
+        html=html,
+    )
+    raise typer.Exit(code)
+
+
+@app.command("chat")
+def chat_command(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: from stdin, or a conversation.")] = None,
+    adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)] = ...,  # type: ignore[assignment]
+    model_path: ModelOption = None,
+    prompts_file: Annotated[
+        str | None, typer.Option("--prompts_file", help="One prompt a line, or JSONL rows.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Base and adapter side by side.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="A system text before each prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top_p", help="With a temperature: the likeliest tokens up to this sum.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    template: TemplateOption = None,
+    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Talk to an adapter, through the template that was trained."""
+    from espalier.use.chat import run_chat
+
+    code = run_chat(
+        adapter,
+        model_path,
+        prompts,
+        prompts_file,
+        compare,
+        system,
+        max_new_tokens,
+        temperature,
+        top_p,
+        seed,
+        trust_remote_code,
+        use_cpu,
+        template,
+    )
+    raise typer.Exit(code)
+
+
+@app.command("demo")
+def demo_command(
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Folder of the run; else a new runs/demo.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume_from_checkpoint", help="Go on with a stopped demo: last, or a folder.")
+    ] = None,
+    tree: Annotated[Literal["on", "off"], typer.Option("--tree", help="Compute shared beginnings once.")] = "on",
+) -> None:
+    """Train the default model on the example rows, and show what changed on rows that it has not seen."""
+    from espalier.use.demo import run_demo
+
+    run_demo(output_dir, resume_from_checkpoint=resume, tree=tree)
+
+
+def _format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:
+    from espalier.data.formats import FormatOptions
+    from espalier.encode.template import input_joiner
+    from espalier.runfile import OptionSpec, convert
+
+    try:
+        names = convert(columns, OptionSpec("columns", dict[str, str])) if columns else {}
+    except ValueError as error:
+        raise UsageError(f"{columns!r} is not {error}", where="--columns") from error
+    return FormatOptions(format=format, columns=names, encoding=encoding, input_joiner=input_joiner(sentence))
+
+
+def _encoder(
+    model_path: str, template: str | None, max_length: int | None, overlength: Any, train_on: Any, trust: bool
+) -> Encoder:
+    from espalier.encode.encode import Encoder
+    from espalier.encode.length import length_limit
+    from espalier.encode.template import resolve_template
+    from espalier.model.load import load_config, load_tokenizer, resolve_model
+
+    ref = resolve_model(model_path)
+    tokenizer = load_tokenizer(ref, trust)
+    limit, _ = length_limit(max_length, tokenizer, load_config(ref, trust))
+    chat_template = resolve_template(tokenizer, template)
+    return Encoder(tokenizer, chat_template, max_length=limit, overlength=overlength, train_on=train_on)
 
 
 def main() -> None:

@@ -1,13 +1,8 @@
-"""Makes small_runs importable from the tests of this folder, and keeps caches out of the user's home."""
+"""One thread for the runs of this folder."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS, LEGACY_WEIGHTS, RECORD = (
+CONFIG, WEIGHTS, LEGACY_WEIGHTS, RECORD, RUN_FILE = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
     "espalier.json",
+    "run.yaml",
 )
 PREFIX = "base_model.model."
 
@@ -110,7 +112,19 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def recorded_base(folder: str | Path) -> str | None:
-    """The base's name as the adapter's folder gives it: from espalier.json, else from adapter_config.json."""
+    """The base as the adapter's folder gives it, or None.
+
+    The run file beside it holds the path of this machine, if it was trained here; espalier.json and
+    adapter_config.json, which travel with the adapter, hold a name that means something elsewhere (case D05).
+    """
+    run_file = Path(folder) / RUN_FILE
+    if run_file.is_file():
+        import yaml
+
+        with contextlib.suppress(yaml.YAMLError, OSError, UnicodeDecodeError):
+            here = (yaml.safe_load(run_file.read_text(encoding="utf-8")) or {}).get("model_path")
+            if isinstance(here, str) and Path(here).exists():
+                return here
     name = read_record(folder).get("base", {}).get("name")
     return name or _read_json(Path(folder) / CONFIG).get("base_model_name_or_path") or None
 
