@@ -39,6 +39,8 @@ def print_report(report: CheckReport, console: Console) -> None:
     table.add_column("first lines", overflow="fold")
     table.add_row(f"{report.read:,}", "read", "")
     table.add_row(f"{report.kept:,}", "kept", "")
+    if report.figures.get("heldout_rows"):
+        table.add_row(f"{report.figures['heldout_rows']:,}", "  of them held out", "")
     left = report.read - report.kept
     table.add_row(f"{left:,}", "left out", "")
     for kind, reason in sorted(report.reasons.items(), key=lambda item: -item[1].count):
