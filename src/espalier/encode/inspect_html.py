@@ -27,7 +27,7 @@ table { border-collapse: collapse; font: .85rem ui-monospace, monospace; width: 
 th, td { text-align: left; padding: .15rem .5rem .15rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 400; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, monospace; }
+pre { overflow-x: auto; font: .85rem/1.5 ui-monospace, monospace; }
 summary { cursor: pointer; padding: .5rem 0; color: var(--soft); }
 """
 

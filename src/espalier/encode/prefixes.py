@@ -70,7 +70,7 @@ def _draw(
     indent: str,
     lines: list[str],
 ) -> None:
-    text = "".join(texts[branch.rows[0]][branch.start : branch.stop]).replace("\n", "↵")
+    text = "".join(texts[branch.rows[0]][branch.start : branch.stop]).replace("\n", "↵").replace("\t", "⇥")
     if len(text) > width:
         text = f"{text[: width // 2]}…{text[len(text) - width // 2 :]}"
     whose = names[branch.rows[0]] if len(branch.rows) == 1 else f"{len(branch.rows)} rows"
