@@ -233,3 +233,25 @@ def test_planning_is_fast() -> None:
     assert unique <= plan.unique_tokens <= unique + 250 * len(plan.packs)
     assert plan.logical_tokens == 2048 * 300
     assert seconds < 3.0
+
+
+def test_the_six_rows_of_the_docs() -> None:
+    """The picture and the figures of docs/prompt-tree.md: S S S = 1 2 3, Q Q = 4 5, a b c = 6 7 8, and so on."""
+    system, question = [1, 2, 3], [4, 5]
+    rows = [
+        row(system + question, [6, 7]),
+        row(system + question, [6, 8]),
+        row(system + question, [6, 7]),
+        row([*system, 9], [10, 11, 12]),
+        row([*system, 13, 14], [15]),
+        row([16, 17], [18, 19]),
+    ]
+    plan = plan_step(rows, max_tokens=100, min_shared_tokens=1)
+    (pack,) = plan.packs
+    assert (plan.logical_tokens, plan.unique_tokens, plan.num_supervised) == (38, 14, 12)
+    assert max(len(r.input_ids) for r in rows) * len(rows) == 42
+    assert pack.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 9, 10, 11, 13, 14, 16, 17, 18]
+    assert pack.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 0, 1, 2]
+    assert pack.segment_start.tolist() == [0, 3, 6, 9, 11]
+    assert sorted(set(pack.logit_positions.tolist())) == [4, 5, 6, 7, 8, 10, 12, 13]
+    assert dict(zip(pack.target_ids.tolist(), pack.target_counts.tolist(), strict=True))[6] == 3
