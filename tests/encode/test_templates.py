@@ -6,7 +6,7 @@ the published tokenizers (scripts/fetch_test_assets.py) are used where they are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from espalier.data.formats import Example
 from espalier.data.read import BadRow
-from espalier.encode.align import SPLIT_MERGE
+from espalier.encode.align import NORMALISED, SPLIT_MERGE, UNKNOWN_IN_PROMPT
 from espalier.encode.encode import Encoder
 from espalier.encode.spans import EMPTY_ANSWER, REWRITES
 from espalier.encode.stops import turn_end_ids
@@ -319,6 +319,24 @@ def test_qwen3_thinking_is_learnt_where_it_is_written(shared: Path) -> None:
     )
 
 
+def test_reasoning_that_the_prompt_opens_is_continued(shared: Path) -> None:
+    deepseek = next(case for case in CASES if case.name == "deepseek")
+    encoder = encoder_of(replace(deepseek, name="deepseek_r1"), load(shared / "tok-plain"))
+    conversation = chat("q1", "<think>\none\n</think>\n\na1", "q2", "<think>\ntwo\n</think>\n\na2")
+    end = deepseek.eos
+    wanted = [["one\n</think>\n\na1" + end], ["two\n</think>\n\na2" + end]]
+    notes = check_rows(encoder, conversation, deepseek, wanted)
+    assert REWRITES in notes
+    rows = encoder.encode(conversation)
+    assert not isinstance(rows, BadRow)
+    assert encoder.tokenizer.decode(rows[1].input_ids) == (
+        f"{deepseek.bos}<｜User｜>q1<｜Assistant｜>\n\na1{end}<｜User｜>q2<｜Assistant｜><think>\ntwo\n</think>\n\na2{end}"
+    )
+    bad = encoder.encode(chat("q1", "no reasoning"))
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "the template's prompt does not begin the conversation that it renders"
+
+
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
 def test_refusals_carry_the_templates_words(name: str, shared: Path) -> None:
     case = next(case for case in CASES if case.name == name)
@@ -415,6 +433,31 @@ def test_end_token_inside_an_answer_is_refused(shared: Path) -> None:
     bad = encoder.encode(chat("a", "stop </s> here"))
     assert isinstance(bad, BadRow)
     assert bad.reason == "the answer holds the end token ('</s>')"
+
+
+def test_texts_that_the_tokenizer_cannot_give_back_are_refused() -> None:
+    folder = ASSETS / "tokenizer-llama2"
+    if not folder.exists():
+        pytest.skip("scripts/fetch_test_assets.py has not run")
+    bad = encoder_for(load(folder), "atom").encode(chat("q", "a▁b"))  # U+2581 is sentencepiece's sign for a space
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "the tokenizer does not give the answer's text back ('a▁b</s>' comes back as 'a b</s>')"
+
+
+def test_other_unicode_form_is_said() -> None:
+    folder = ASSETS / "tokenizer-qwen3"
+    if not folder.exists():
+        pytest.skip("scripts/fetch_test_assets.py has not run")
+    encoder = encoder_for(load(folder), "chatml")
+    (outcome,) = encoder.encode_batch([chat("q", "cafe\u0301")])
+    assert [learnt(encoder.tokenizer, row) for row in outcome.rows] == [["caf\u00e9<|im_end|>"]]
+    assert outcome.notes == (NORMALISED,)
+
+
+def test_unknown_characters_in_a_prompt_are_said(shared: Path) -> None:
+    (outcome,) = encoder_for(load(shared / "tok-meta")).encode_batch([chat("你好", "hi there")])
+    assert len(outcome.rows) == 1
+    assert outcome.notes == (UNKNOWN_IN_PROMPT,)
 
 
 def test_unknown_template_names_those_there_are(shared: Path) -> None:

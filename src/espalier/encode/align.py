@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from espalier.encode.spans import Rendered, RowRefused, Span, one_turn, render_rows
-from espalier.encode.template import ChatTemplate
+from espalier.encode.template import ChatTemplate, common_prefix_length
 
 SPLIT_MERGE = "tokens merge over the border between prompt and answer: each answer became a row of its own"
 NORMALISED = "the tokenizer writes some characters of an answer in another Unicode form (NFC or NFKC)"
@@ -188,7 +188,9 @@ class Aligner:
             place = TokenSpan(len(prompt_ids), len(ids), span.weight, span.message)
             self._check_ends(ids, [place])
             return [Tokenised(ids, (place,), row, notes)]
-        raise RowRefused("the tokenizer does not give the answer's text back after its prompt")
+        raise RowRefused(
+            f"the tokenizer does not give the answer's text back ({_difference(answer, text, self.decoded(tail))})"
+        )
 
     def _after_newline(self, answer: str) -> list[int]:
         """Ids of the answer as it stands after a newline: tokenizers that mark a text's beginning then do not."""
@@ -215,6 +217,13 @@ def _single_answer_rows(template: ChatTemplate, row: Rendered) -> list[Rendered]
         for part in render_rows(template, one_turn(row.example, span.message)):
             rows.append(Rendered(part.text, part.spans, row.example, notes))
     return rows
+
+
+def _difference(answer: str, text: str, prompt: str) -> str:
+    """Where the decoded text (with its prompt) first differs from the answer, a few characters of both."""
+    decoded = text[len(prompt) :] if text.startswith(prompt) else text
+    at = max(0, common_prefix_length(answer, decoded) - 5)
+    return f"{answer[at : at + 15]!r} comes back as {decoded[at : at + 15]!r}"
 
 
 def _same_but_form(decoded: str, wanted: str) -> bool:

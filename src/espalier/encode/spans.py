@@ -13,6 +13,9 @@ Rendering a prefix for every turn of every row would be slow. So the fixed piece
 texts are found once for a sequence of roles, with placeholders for the texts. A row of a template that only copies
 texts needs no rendering then; one of any other template needs two, which prove that the pieces hold for it. Rows for
 which they do not hold (trimmed texts, tools) are rendered turn by turn.
+
+Where prompt_i does not begin upto_i, because the prompt opens the reasoning ('<think>\\n') and history leaves it out,
+an answer that begins with that opening is continued from the prompt, verbatim; any other is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from functools import lru_cache
 from typing import Any
 
 from espalier.data.formats import Example
-from espalier.encode.template import ChatTemplate, Message
+from espalier.encode.template import ChatTemplate, Message, common_prefix_length
 from espalier.errors import TemplateError
 
 REWRITES = "the template rewrites earlier turns: each answer became a row of its own, as chat will send it"
@@ -191,7 +194,7 @@ def _place(template: ChatTemplate, messages: Sequence[Message], turn: int, tools
     if turn > 0:
         prompt = template.render(messages[:turn], generation_prompt=True, tools=tools)
         if not text.startswith(prompt):
-            return None
+            return _place_after_opening(template, messages[turn], prompt, text)
         start = len(prompt)
     else:  # chat never sends an empty conversation: the answer's own text says where it begins
         content = messages[0].get("content")
@@ -204,19 +207,37 @@ def _place(template: ChatTemplate, messages: Sequence[Message], turn: int, tools
     return _Place(text, start, start + end)
 
 
+def _place_after_opening(template: ChatTemplate, message: Message, prompt: str, text: str) -> _Place | None:
+    """An answer whose opening the prompt already writes ('<think>\\n'), while the template leaves it out of history.
+
+    What the prompt has beyond the conversation is that opening; an answer that begins with it is continued verbatim.
+    """
+    shared = prompt[: common_prefix_length(prompt, text)]
+    content, opening = message.get("content"), prompt[len(shared) :]
+    end = template.turn_end(text)
+    if end is None or not isinstance(content, str) or not content.startswith(opening):
+        return None
+    end_token = list(template.special_pattern.finditer(text, 0, end))[-1].group()
+    whole = shared + content + end_token
+    return _Place(whole, len(prompt), len(whole))
+
+
 def _by_turns(template: ChatTemplate, example: Example, turns: list[int], notes: tuple[str, ...]) -> Rendered | None:
     """The row by rendering each turn, or None where several turns do not fit in one row."""
-    full = template.render(example.messages[: turns[-1] + 1], tools=example.tools)
-    spans, changed = [], False
-    for turn in turns:
+    spans = []
+    full = ""
+    for turn in reversed(turns):  # the last turn's text is that of the row
         place = _place(template, example.messages, turn, example.tools)
         if place is None:
             if len(turns) > 1:
                 return None
             raise RowRefused("the template's prompt does not begin the conversation that it renders")
+        full = full or place.text
         if not full.startswith(place.text[: place.end]):
             return None
         spans.append(Span(place.start, place.end, _weight(example, turn), turn))
+    spans.reverse()
+    changed = False
     for message in example.messages[: turns[-1] + 1]:
         content = message.get("content")
         changed = changed or (isinstance(content, str) and content not in full)

@@ -28,7 +28,9 @@ __all__ = ["EncodeResult", "EncodedDataset", "OverlengthReport", "encode_files",
 
 CHUNK = 512  # examples a piece of work
 NUM_WORST = 5  # rows over the limit that a report names
-# Below this much data the other processes would start for longer than they work (each imports transformers anew).
+# Processes pay where the Python part of the work (a quarter of it) holds up the tokenizer's threads, and where there is
+# more data than they need time to start: each imports transformers anew.
+MIN_CORES_FOR_WORKERS = 4
 MIN_BYTES_FOR_WORKERS = 24 * 2**20
 
 T = TypeVar("T")
@@ -126,7 +128,7 @@ def encode_files(
 
     cache_dir: rows are kept there memory-mapped, and taken from there when data, tokenizer, template, options and our
     code are the same; in memory without it. num_workers: processes that encode, 0 for this one alone, None to choose
-    by the size of the data. progress is told the number of rows read so far; notice gets sentences about the files.
+    by cores and the size of the data. progress is told the number of rows read so far; notice gets sentences about the files.
 
     Raises DataError for files that cannot be read. Bad rows are in the result: whether to stop is the caller's choice.
     """
@@ -208,10 +210,9 @@ class _FileNames:
 
 
 def _choose_workers(names: Sequence[str]) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = sum(os.path.getsize(name) for name in names if os.path.isfile(name))
-    if size < MIN_BYTES_FOR_WORKERS:
-        return 0
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if cores >= MIN_CORES_FOR_WORKERS and size >= MIN_BYTES_FOR_WORKERS else 0
 
 
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:

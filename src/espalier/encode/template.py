@@ -148,8 +148,8 @@ class ChatTemplate:
             with_empty = self.render([{"role": "system", "content": ""}, user])
         except TemplateError:
             return None
-        extra = without[_common_prefix(without, with_empty) :]
-        extra = extra[: len(extra) - _common_prefix(extra[::-1], with_empty[::-1])].strip()
+        extra = without[common_prefix_length(without, with_empty) :]
+        extra = extra[: len(extra) - common_prefix_length(extra[::-1], with_empty[::-1])].strip()
         return extra or None
 
     def notices(self) -> list[str]:
@@ -162,7 +162,8 @@ class ChatTemplate:
         return found
 
 
-def _common_prefix(a: str, b: str) -> int:
+def common_prefix_length(a: str, b: str) -> int:
+    """Number of characters that two texts have in common at their beginning."""
     length = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
