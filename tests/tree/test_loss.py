@@ -89,4 +89,20 @@ def test_plain_loss_adds_the_router_loss_as_transformers_does() -> None:
     labels = ids.clone()
     labels[:, :3] = -100
     stock = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
-    assert (output.loss_sum / output.num_supervised).item() == pytest.approx(stock.item(), rel=1e-6)
+    assert float(output.loss_sum.detach()) / output.num_supervised == pytest.approx(float(stock.detach()), rel=1e-6)
+
+
+def test_autocast_matches_plain() -> None:
+    """float32 weights under bf16 autocast: the tree's functions see mixed dtypes."""
+    model = tiny_model(tiny_config(*TREE_MODELS["llama_grouped"]))
+    rows = tree_rows()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tree_loss(model, to_tensors(one_pack(rows)), attention="merged")
+        expected = plain_loss(model, rows, 0)
+    assert output.loss_sum.dtype == torch.float32
+    assert float(output.loss_sum.detach()) == pytest.approx(float(expected.loss_sum.detach()), rel=2e-2)
+    output.loss_sum.backward()
+    found = gradients(model)
+    expected.loss_sum.backward()
+    total = sum(float((found[name] - grad).square().sum()) for name, grad in gradients(model).items()) ** 0.5
+    assert total / sum(float(grad.square().sum()) for grad in found.values()) ** 0.5 < 0.1

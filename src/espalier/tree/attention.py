@@ -107,6 +107,10 @@ def reference_attention(
     if softcap is not None or s_aux is not None:
         output = _explicit(query, key, value, attention_mask, dropout, scaling, softcap, s_aux)
     else:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and query.device.type != "cpu":
+            # Elsewhere a mask together with grouped heads falls back to the kernel that holds all scores.
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         output = F.scaled_dot_product_attention(
             query,
             key,
@@ -207,6 +211,8 @@ def merged_attention(
         plain_kernel = dropout == 0.0 and softcap is None and s_aux is None and query.shape[-1] == value.shape[-1]
         if plain_kernel:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            # Under autocast, rotary embedding may leave queries and keys wider than values: narrow them as torch does.
+            query, key = query.to(value.dtype), key.to(value.dtype)
             return _Merged.apply(query, key, value, layout, scale), None  # type: ignore[no-untyped-call]
         attention_mask = layout.causal_mask
     return reference_attention(

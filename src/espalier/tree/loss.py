@@ -33,6 +33,16 @@ class LossOutput:
     num_correct: torch.Tensor
 
 
+# Fields of a config that scale the logits, as a factor or as a divisor.
+_SCALE_KEYS = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "logits_mup_width_multiplier",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _LogitRule:
     """What a model does to its head's output: logits = cap * tanh(scale * raw / cap)."""
@@ -183,10 +193,19 @@ def logit_rule(base: PreTrainedModel) -> _LogitRule:
         return _logit_rules[base]
     config = base.config.get_text_config()
     scales = [1.0]
-    for key in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
+    for key in (
+        "logit_scale",
+        "logits_scaling",
+        "lm_head_multiplier",
+        "output_multiplier",
+        "logits_mup_width_multiplier",
+    ):
         value = getattr(config, key, None)
         if isinstance(value, int | float) and value:
+            # Granite divides by the field that HyperCLOVA X multiplies by.
             scales += [float(value), 1.0 / float(value)]
+    if getattr(config, "dim_model_base", None):  # MiniCPM
+        scales.append(config.dim_model_base / config.hidden_size)
     caps = [value for value in (getattr(config, "final_logit_softcapping", None), None) if value is None or value > 0]
     training = [module for module in base.modules() if module.training]
     try:
