@@ -177,7 +177,7 @@ def _chunk_loss(
     loss = w (logsumexp(z) - z[target]); d loss / d z = w (softmax(z) - onehot(target)).
     """
     correct = ((logits.argmax(-1) == targets) * counts).sum()
-    work = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    work = logits.detach().float()  # float32 logits are overwritten: no head's backward reads its own output
     picked = work.gather(1, targets[:, None]).squeeze(1)
     normaliser = work.logsumexp(-1)
     loss = ((normaliser - picked) * weights).sum()
