@@ -128,7 +128,8 @@ def encode_files(
 
     cache_dir: rows are kept there memory-mapped, and taken from there when data, tokenizer, template, options and our
     code are the same; in memory without it. num_workers: processes that encode, 0 for this one alone, None to choose
-    by cores and the size of the data. progress is told the number of rows read so far; notice gets sentences about the files.
+    by cores and the size of the data. progress is told the number of rows read so far; notice gets sentences about
+    the files.
 
     Raises DataError for files that cannot be read. Bad rows are in the result: whether to stop is the caller's choice.
     """
