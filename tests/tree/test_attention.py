@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from espalier.errors import ModelError, UsageError
 from espalier.tree import attention as tree_attention
-from espalier.tree.attention import choose_attention, merged_attention, reference_attention, set_attention
+from espalier.tree.attention import choose_attention, merged_attention, reference_attention, set_attention, tree_marker
 from espalier.tree.collate import TreeLayout, to_tensors
 from espalier.tree.loss import base_of, tree_loss
 from espalier.tree.plan import plan_step
@@ -55,8 +55,7 @@ def test_merged_matches_reference(dtype, tolerance, heads) -> None:
     module = torch.nn.Identity()
     expected, _ = reference_attention(module, *exact, layout.causal_mask)
     expected.backward(upstream.to(dtype).double())
-    marker = torch.empty((1, 1, 0, 0), dtype=torch.bool)
-    found, _ = merged_attention(module, *narrow, marker, espalier_tree=layout)
+    found, _ = merged_attention(module, *narrow, tree_marker(layout))
     assert found.dtype == dtype
     found.backward(upstream.to(dtype))
     pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip(narrow, exact, strict=True))]
@@ -64,10 +63,11 @@ def test_merged_matches_reference(dtype, tolerance, heads) -> None:
         assert float((mine.detach().double() - other.detach()).norm() / other.detach().norm()) < tolerance
 
 
-def test_merged_without_the_keyword_says_so() -> None:
-    query = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ModelError, match="does not receive the model's forward keywords"):
-        merged_attention(torch.nn.Identity(), query, query, query, torch.empty((1, 1, 0, 0), dtype=torch.bool))
+def test_a_mask_that_lost_the_tree_is_an_error() -> None:
+    layout = layout_of([row([1, 2], [3])])
+    query = torch.zeros(1, 2, 2, 4)
+    with pytest.raises(ModelError, match="which has lost the tree"):
+        merged_attention(torch.nn.Identity(), query, query, query, tree_marker(layout).clone())
 
 
 def test_merged_is_used_where_no_window_cuts_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,10 @@ from transformers.masking_utils import sdpa_mask
 
 from espalier.errors import ModelError, UsageError
 from espalier.tree.collate import TreeLayout
-from espalier.tree.support import STOCK_MASK_MODEL_TYPES, causal_class
+from espalier.tree.support import STOCK_MASK_MODEL_TYPES
 
 ATTENTION_NAMES = ("reference", "merged")
 _PREFIX = "espalier_"
-TREE_KEYWORD = "espalier_tree"  # the forward keyword that carries the TreeLayout down to the attention function
 
 _active: ContextVar[TreeLayout | None] = ContextVar("espalier_active_tree", default=None)
 _stock_names: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
@@ -156,8 +155,15 @@ AttentionInterface.register(_PREFIX + "reference", reference_attention)
 AttentionMaskInterface.register(_PREFIX + "reference", _reference_mask)
 
 
-def _is_marker(mask: torch.Tensor | None) -> bool:
-    return mask is not None and mask.numel() == 0
+def tree_marker(layout: TreeLayout) -> torch.Tensor:
+    """An empty mask [1, 1, 0, 0] that carries the tree.
+
+    Every model hands its mask to every layer, also when a layer is computed again in the backward; some (StableLM,
+    Nemotron) hand nothing else through.
+    """
+    marker = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=layout.device)
+    marker.tree_layout = layout  # type: ignore[attr-defined]
+    return marker
 
 
 def _merged_mask(
@@ -168,7 +174,7 @@ def _merged_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """An empty tensor where the layer sees its whole past (no mask is needed), else the dense mask of its rule."""
+    """A tree_marker where the layer sees its whole past (no mask is needed), else the dense mask of its rule."""
     layout = _active.get()
     if layout is None:
         return sdpa_mask(
@@ -180,7 +186,7 @@ def _merged_mask(
         )
     sees_all = local_size is None or local_size > layout.max_position
     if sees_all and allow_is_causal_skip and not use_vmap:
-        return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=layout.device)
+        return tree_marker(layout)
     return _tree_rule(layout, mask_function, use_vmap)
 
 
@@ -201,11 +207,11 @@ def merged_attention(
     What the kernel cannot do (dropout, soft-capping, sinks, a value width of its own, a window that cuts the tree) goes
     to reference_attention, layer by layer.
     """
-    layout: TreeLayout | None = kwargs.get(TREE_KEYWORD)
-    if _is_marker(attention_mask):
+    if attention_mask is not None and attention_mask.numel() == 0:
+        layout: TreeLayout | None = getattr(attention_mask, "tree_layout", None)
         if layout is None:
             raise ModelError(
-                f"{type(module).__name__} does not receive the model's forward keywords, which carry the tree",
+                f"{type(module).__name__} receives a copy of the model's mask, which has lost the tree",
                 todo="Choose --attention reference.",
             )
         plain_kernel = dropout == 0.0 and softcap is None and s_aux is None and query.shape[-1] == value.shape[-1]
@@ -317,8 +323,6 @@ def choose_attention(config: PretrainedConfig, device: torch.device | str, reque
         obstacle = f"a dense mask: no other way has been tested on {where} yet"
     elif text.model_type in STOCK_MASK_MODEL_TYPES:
         obstacle = f"{text.model_type} takes a ready mask only"
-    elif not getattr(causal_class(config), "_supports_attention_backend", True):
-        obstacle = f"{text.model_type} does not hand the model's forward keywords to its attention"
     elif getattr(text, "attn_logit_softcapping", None) or text.model_type == "gpt_oss":
         obstacle = "soft-capping or attention sinks are in no stock kernel"
     else:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.errors import ModelError
-from espalier.tree.attention import TREE_KEYWORD, set_attention, takes_stock_mask, tree_masks
+from espalier.tree.attention import set_attention, takes_stock_mask, tree_masks
 from espalier.tree.collate import PackTensors
 
 # Logits held at once: 16 million of them are 64 MB in float32.
@@ -101,7 +101,6 @@ def tree_loss(
             tensors.input_ids,
             attention_mask=mask,
             position_ids=tensors.position_ids,
-            **{TREE_KEYWORD: tensors.layout},
         )
     hidden = hidden[0].index_select(0, tensors.logit_positions)  # [M, D]
     head = head_of(base)

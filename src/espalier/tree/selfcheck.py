@@ -12,9 +12,9 @@ from espalier.tree.collate import to_tensors
 from espalier.tree.loss import base_of, plain_loss, tree_loss
 from espalier.tree.plan import plan_step
 
-# (relative difference of the mean loss, of the gradient as a vector) that rounding alone explains; a wrong mask gives 0.1
-# to 1 in both. In bf16, SmolLM2-135M's gradient on three rows is 0.07 from the float32 one for plain rows and for the
-# tree alike; the same plain rows one by one or padded together differ by 0.056, tree and plain by 0.084.
+# (relative difference of the mean loss, of the gradient as a vector) that rounding alone explains; a wrong mask gives
+# 0.1 to 1 in both. In bf16, SmolLM2-135M's gradient on three rows is 0.07 from the float32 one, for plain rows and for
+# the tree alike; the same plain rows one by one or padded together differ by 0.056, tree and plain by 0.084.
 _TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.float64: (1e-9, 1e-6)}
 _TOLERANCE_16_BITS = (4e-2, 2e-1)
 

@@ -62,14 +62,10 @@ def tree_support(config: PretrainedConfig) -> Support:
     return Support("tree", "; ".join(notes))
 
 
-def causal_class(config: PretrainedConfig) -> Any:
-    """transformers' causal language model class of a config, or None."""
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return found[0] if isinstance(found, tuple) else found
-
-
 def _obstacles(config: PretrainedConfig, text: PretrainedConfig) -> list[str]:
-    model_class = causal_class(config)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
     if model_class is None:
         return ["not a causal language model that transformers knows, so nothing is known of its layers"]
     found = []
