@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import multiprocessing
 import os
@@ -143,9 +144,15 @@ def encode_files(
         num_workers = _choose_workers(names)
     examples = iter_examples(names, options, notice=notice)
     results = _encoded_chunks(_chunks(examples, CHUNK), encoder, num_workers)
-    if folder is None:
-        return _collect(results, encoder, progress)
-    return _write(results, encoder, folder, progress)
+    # A row makes hundreds of objects, so the collector runs often; it need not look at all that was there before
+    # (a tenth of the time where torch and transformers are loaded).
+    gc.freeze()
+    try:
+        if folder is None:
+            return _collect(results, encoder, progress)
+        return _write(results, encoder, folder, progress)
+    finally:
+        gc.unfreeze()
 
 
 def _collect(
