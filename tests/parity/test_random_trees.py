@@ -42,7 +42,7 @@ def tries(draw: st.DrawFn) -> list[Encoded]:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     tries(),
     st.sampled_from(["llama_grouped", "mistral_window"]),
@@ -60,7 +60,7 @@ def test_random_trees_match_plain(rows, name, attention, slack, min_shared) -> N
     loss, correct, found = tree(model, plan, attention)
     assert (plan.num_supervised, correct) == (expected.num_supervised, int(expected.num_correct))
     assert loss == pytest.approx(float(expected.loss_sum.detach()), rel=LOSS_TOLERANCE, abs=1e-6)
-    assert_same_gradients(found, expected_gradients, smallest=1e-2)
+    assert_same_gradients(found, expected_gradients, smallest=0.1)
     if longest > 1:
         with pytest.raises(DataError, match="do not fit the budget"):
             plan_step(rows, max_tokens=longest - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -137,3 +139,10 @@ def test_choice() -> None:
         choose_attention(llama, "cpu", "flex")
     with pytest.raises(UsageError, match="unknown attention 'fast'"):
         choose_attention(llama, "cpu", "fast")
+
+
+def test_the_name_of_our_attention_is_not_saved(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(*TREE_MODELS["llama"]))
+    set_attention(model, "merged")
+    model.save_pretrained(tmp_path)
+    assert "espalier" not in (tmp_path / "config.json").read_text(encoding="utf-8")
