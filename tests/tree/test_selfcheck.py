@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from espalier.errors import ModelError
-from espalier.tree.selfcheck import self_check
+from espalier.tree.selfcheck import rows_to_check, self_check
 from parity.models import PADDED_MODELS, TREE_MODELS, row, tiny_config, tiny_model, tree_rows
 
 
@@ -44,3 +44,11 @@ def test_a_model_that_gives_no_numbers_is_named() -> None:
         model.get_base_model().model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="logits that are not numbers"):
         self_check(model, [row([5, 6], [7]), row([5, 6], [8])], 0)
+
+
+def test_rows_that_share_most_are_chosen() -> None:
+    common = list(range(10, 30))
+    rows = [row([5], [6]), row(common, [1, 2]), row([7, 8], [9] * 30), row(common, [3, 4]), row([5], [9])]
+    chosen = rows_to_check(rows, 2)
+    assert [r.input_ids.tolist() for r in chosen] == [[*common, 1, 2], [*common, 3, 4]]
+    assert len(rows_to_check(rows[:1])) == 1

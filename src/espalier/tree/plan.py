@@ -213,7 +213,8 @@ def _merge_repeats(ordered: list[_Branch]) -> list[_Branch]:
     ]
 
 
-def _common_prefix(a: Ints, b: Ints) -> int:
+def common_prefix(a: Ints, b: Ints) -> int:
+    """How many leading tokens two rows have in common."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
     first = int(differs.argmax()) if length else 0
@@ -226,7 +227,7 @@ def _shared_with_next(branches: Sequence[_Branch], min_shared: int) -> npt.NDArr
     Top-down: a run of rows that agree on `depth` tokens stays together where neighbours agree on at least
     `min_shared` more; the agreement of a whole run is one node. Rows that agree on less are separate children.
     """
-    raw = np.array([_common_prefix(a.ids, b.ids) for a, b in pairwise(branches)], np.int64)
+    raw = np.array([common_prefix(a.ids, b.ids) for a, b in pairwise(branches)], np.int64)
     shared = np.zeros_like(raw)
     todo = [(0, len(raw), 0)]  # neighbour pairs begin..end agree on `depth` tokens at least
     while todo:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from espalier.encode.encode import Encoded
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import base_of, plain_loss, tree_loss
-from espalier.tree.plan import plan_step
+from espalier.tree.plan import common_prefix, plan_step
 
 # (relative difference of the mean loss, of the gradient as a vector) that rounding alone explains; a wrong mask gives
 # 0.1 to 1 in both. In bf16, SmolLM2-135M's gradient on three rows is 0.07 from the float32 one, for plain rows and for
@@ -42,6 +43,19 @@ class SelfCheck:
             f"{self.grad_norm_tree:.6g} and {self.grad_norm_plain:.6g}, difference {self.grad_difference:.1e} "
             f"(allowed: loss {self.tolerance[0]:g}, gradient {self.tolerance[1]:g})"
         )
+
+
+def rows_to_check(rows: Sequence[Encoded], count: int = 3) -> list[Encoded]:
+    """The `count` neighbours in token order that share most for their length: few tokens that test the tree well."""
+    ordered = sorted(rows, key=lambda row: row.input_ids.astype(">i4").tobytes())
+    shared = [common_prefix(a.input_ids, b.input_ids) for a, b in pairwise(ordered)]
+
+    def score(begin: int) -> tuple[float, int]:
+        length = sum(len(row.input_ids) for row in ordered[begin : begin + count])
+        return sum(shared[begin : begin + count - 1]) / length, -length
+
+    best = max(range(max(1, len(ordered) - count + 1)), key=score)
+    return ordered[best : best + count]
 
 
 def self_check(
