@@ -1,4 +1,4 @@
-"""Write tests/golden/loss_curve.json: 20 steps of a tiny model in float32 on one thread."""
+"""Write the files of tests/golden: 20 steps of a tiny model in float32 on one thread, and the help of train."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ with tempfile.TemporaryDirectory() as scratch:
 names = ("loss", "learning_rate", "supervised_tokens")
 curve = {name: [entry[name] for entry in log] for name in names}
 (root / "tests" / "golden" / "loss_curve.json").write_text(json.dumps(curve, indent=1) + "\n")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from espalier.cli import app  # noqa: E402
+
+text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "100", "TERM": "dumb"}).output
+(root / "tests" / "golden" / "train_help.txt").write_text(text, encoding="utf-8")

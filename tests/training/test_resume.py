@@ -151,3 +151,8 @@ def test_best_is_kept_and_loaded_bit_for_bit(rows: Path, tmp_path: Path, tiny_ll
     assert (out / ADAPTER).read_bytes() == (out / f"checkpoint-{best}" / ADAPTER).read_bytes()
     assert f"the adapter is that of step {best}, the best evaluation" in said
     assert result.num_steps == 6
+
+
+def test_workers_change_nothing(whole: Callable[[str], Path]) -> None:
+    """C26: planning in two spawned processes gives the run of planning in this one."""
+    assert (whole("two-workers") / ADAPTER).read_bytes() == (whole("tree") / ADAPTER).read_bytes()

@@ -30,7 +30,7 @@ from espalier.training.step import StepBatch, StepCollator, StepLoader, StepOpti
 from espalier.tree.attention import choose_attention
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import LossOutput, plain_loss, tree_loss
-from espalier.tree.selfcheck import self_check
+from espalier.tree.selfcheck import rows_to_check, self_check
 from espalier.tree.support import tree_support
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class LoraTrainer(Trainer):
 
     def _check_tree(self, model: nn.Module, batch: StepBatch) -> None:
         """Compute a few rows of the first step plainly too, and stop where the tree does not agree."""
-        rows = sorted(batch.rows, key=lambda row: len(row.input_ids))[:3]
+        rows = rows_to_check(batch.rows)
         check = self_check(model, rows, self.pad_id, attention=self.attention)
         self._checked = True
         if not check.ok:
@@ -234,6 +234,8 @@ class LoraTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=workers,
+            # Its own generator: a loader draws a seed whenever its workers start, and dropout must not notice.
+            generator=torch.Generator().manual_seed(self.args.seed),
             prefetch_factor=self.args.dataloader_prefetch_factor,
             persistent_workers=workers > 0,  # starting them anew for each epoch costs seconds
             multiprocessing_context=self.args.dataloader_multiprocessing_context or ("spawn" if workers else None),
