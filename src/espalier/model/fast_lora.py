@@ -1,0 +1,174 @@
+"""The arithmetic of a LoRA linear layer as one autograd function, for the modules that PEFT makes.
+
+    y = x W^T + bias + s (x A^T) B^T
+
+PEFT keeps A and B in float32 under a 16-bit base and computes the second term in float32: a float32 copy of every
+input, float32 products, and a full-size pass each for scaling, adding and casting back. Here A and B stay float32 for
+the optimizer and are cast inside; the products are taken in the base's own dtype, which accumulates in float32, and
+the second term is added in place by its product. Kept for backward: x, which the other layers that read it share, and
+u = x A^T. The gradients, with g the gradient by y:
+
+    gu = s g B        gx = g W + gu A        gA = gu^T x        gB = s g^T u
+
+PEFT owns the modules, their names and their weights. `fast_lora` changes nothing but their class, to a subclass with
+another forward; whatever that forward does not cover goes through PEFT's own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear, LoraLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many LoRA layers compute by the fast form and how many by PEFT's forward; reasons: why -> how many."""
+
+    fast: int
+    peft: int
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [f"own forward in {self.fast} layer{'' if self.fast == 1 else 's'}"] if self.fast else []
+        if self.peft:
+            why = ", ".join(f"{reason} x{count}" for reason, count in self.reasons.items())
+            parts.append(f"PEFT's in {self.peft}" + (f" ({why})" if why else ""))
+        return ", ".join(parts) or "no LoRA layers"
+
+
+def fast_lora(model: nn.Module) -> Counts:
+    """Give the LoRA linear layers of `model` the fast forward, in place; `peft_lora` takes it back.
+
+    Names, state dict, saving, merging and switching adapters off are PEFT's as before. Each layer decides at every
+    call, so the counts are those of the model as it is now: an adapter that is merged later goes through PEFT.
+    """
+    fast, reasons = 0, Counter[str]()
+    for module in model.modules():
+        if type(module) is Linear:
+            cast(Any, module).__class__ = FastLinear
+        if isinstance(module, LoraLayer):
+            reason = why_peft(module)
+            if reason is None:
+                fast += 1
+            else:
+                reasons[reason] += 1
+    return Counts(fast, reasons.total(), dict(reasons))
+
+
+def peft_lora(model: nn.Module) -> Counts:
+    """Give all LoRA layers of `model` PEFT's own forward again, in place."""
+    count = 0
+    for module in model.modules():
+        if type(module) is FastLinear:
+            cast(Any, module).__class__ = Linear
+        count += isinstance(module, LoraLayer)
+    return Counts(0, count)
+
+
+def why_peft(layer: LoraLayer) -> str | None:
+    """Why this layer's next forward is PEFT's own; None where the fast form computes the same."""
+    base: Any = layer.base_layer
+    if not isinstance(layer, FastLinear) or type(base) not in (nn.Linear, Conv1D):
+        return type(base).__name__  # quantized bases, embeddings, convolutions, adapters inside adapters
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        return "merged or switched off"
+    if len(names) > 1:
+        return "several adapters at once"
+    (name,) = names
+    if name in layer.lora_variant:
+        return "DoRA" if layer.use_dora[name] else type(layer.lora_variant[name]).__name__
+    if layer.lora_bias[name]:
+        return "a bias on lora_B"
+    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+        return "the base layer is trained too"
+    if any(map(_is_wrapped, (base, layer.lora_A[name], layer.lora_B[name]))):
+        return "hooks on its parts"  # offloading, sharded weights, a user's probe: they must be called
+    return None
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+class FastLinear(Linear):
+    """PEFT's LoRA layer on nn.Linear or Conv1D, with a forward of ours. Never built: `fast_lora` sets it as the class
+    of layers that PEFT has built."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x: [..., in]; result [..., out] in the dtype that the base layer alone would give."""
+        base: Any = self.base_layer
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        is_mixed = dtype == x.dtype and base.weight.dtype != dtype  # an error, which PEFT's way would raise too
+        if args or kwargs or is_mixed or why_peft(self) is not None:
+            return super().forward(x, *args, **kwargs)
+        (name,) = (name for name in self.active_adapters if name in self.lora_A)
+        dropout = self.lora_dropout[name]
+        x = x.to(dtype)
+        dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
+        weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
+        if isinstance(base, Conv1D):
+            weight = weight.t()  # [in, out] there
+        result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+            x, dropped, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        )
+        return result
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The layer's formula, with the dropped input for the low-rank term where there is dropout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,  # [..., I]
+        dropped: torch.Tensor | None,  # [..., I]: x after dropout; None: x itself
+        weight: torch.Tensor,  # [O, I], any strides
+        bias: torch.Tensor | None,  # [O]
+        lora_a: torch.Tensor,  # [r, I]
+        lora_b: torch.Tensor,  # [O, r]
+        scale: float,
+    ) -> torch.Tensor:
+        low = x if dropped is None else dropped
+        low = low.reshape(-1, low.shape[-1])  # [T, I]
+        a = lora_a.to(x.dtype)
+        b = (lora_b * scale).to(x.dtype)
+        u = a @ low.t()  # [r, T]: with few rows, products are faster this way round
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        y.addmm_(u.t(), b.t())
+        ctx.save_for_backward(low, u, weight, a, b)
+        ctx.scale, ctx.is_dropped = scale, dropped is not None
+        ctx.dtypes = lora_a.dtype, lora_b.dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        low, u, weight, a, b = ctx.saved_tensors
+        needs_x, needs_dropped, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        shape = (*grad.shape[:-1], low.shape[-1])
+        g = grad.reshape(-1, grad.shape[-1])  # [T, O]
+        gu = b.t() @ g.t()  # [r, T]
+        gx = g @ weight if needs_x else None  # [T, I]
+        gdropped = None
+        if ctx.is_dropped:
+            gdropped = (gu.t() @ a).view(shape) if needs_dropped else None
+        elif gx is not None:
+            gx.addmm_(gu.t(), a)
+        ga = (gu @ low).to(ctx.dtypes[0]) if needs_a else None
+        gb = (u @ g).t().to(ctx.dtypes[1]) * ctx.scale if needs_b else None
+        return None if gx is None else gx.view(shape), gdropped, None, None, ga, gb, None
