@@ -26,6 +26,7 @@ from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import plain_loss, tree_loss
 from espalier.tree.plan import plan_step
+from line_chart import draw
 
 VOCABULARY = 8192
 
@@ -86,30 +87,6 @@ def fit(rows: list[int], seconds: list[float]) -> dict[str, float]:
     }
 
 
-def draw(path: str, rows: list[int], series: dict[str, list[float]]) -> None:
-    """The measured points as one SVG, seconds against rows."""
-    width, height, margin = 560, 340, 50
-    top = max(max(values) for values in series.values())
-    size = f'width="{width}" height="{height}"'
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
-    for (name, values), colour in zip(series.items(), ("#1b7837", "#999999"), strict=True):
-        points = [
-            (margin + (width - 2 * margin) * count / max(rows), height - margin - (height - 2 * margin) * value / top)
-            for count, value in zip(rows, values, strict=True)
-        ]
-        trace = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        lines.append(f'<polyline points="{trace}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in points]
-        x, y = points[-1]
-        lines.append(f'<text x="{x - 4:.1f}" y="{y - 10:.1f}" text-anchor="end" fill="{colour}">{name}</text>')
-    bottom = height - margin
-    lines.append(f'<line x1="{margin}" y1="{bottom}" x2="{width - margin}" y2="{bottom}" stroke="black"/>')
-    lines.append(f'<text x="{width / 2}" y="{height - 15}" text-anchor="middle">rows, up to {max(rows)}</text>')
-    lines.append(f'<text x="{margin}" y="25">processor seconds a step, up to {top:.2f}</text></svg>')
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", type=int, default=512)
@@ -146,7 +123,8 @@ def main() -> None:
     }
     print(json.dumps(result))
     if options.svg:
-        draw(options.svg, sizes, {"behind the prompt": with_prompt, "own tokens alone": own_only})
+        lines = {"behind the prompt": with_prompt, "own tokens alone": own_only}
+        draw(options.svg, "rows a step", "processor seconds a step", sizes, lines)
 
 
 if __name__ == "__main__":
