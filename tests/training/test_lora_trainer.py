@@ -1,0 +1,106 @@
+"""LoraTrainer as a library class: what TRL's SFTTrainer takes, it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from espalier import LoraTrainer
+from espalier.errors import DataError, UsageError
+
+PAIRS = [("say pear", "pear"), ("say fig twice", "fig fig"), ("say plum", "plum plum plum")]
+SHAPES: dict[str, list[dict[str, Any]]] = {
+    "prompt-completion": [{"prompt": p, "completion": c} for p, c in PAIRS],
+    "conversational": [
+        {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": c}]}
+        for p, c in PAIRS
+    ],
+    "messages": [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": c}]} for p, c in PAIRS],
+    "alpaca": [{"instruction": p, "input": "", "output": c} for p, c in PAIRS],
+}
+
+
+def trainer(model_dir: Path, out: Path, rows: Any, **options: Any) -> LoraTrainer:
+    args = TrainingArguments(
+        output_dir=str(out), per_device_train_batch_size=2, num_train_epochs=1, use_cpu=True, disable_tqdm=True,
+        save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+        "args": args,
+        "train_dataset": rows,
+        "processing_class": AutoTokenizer.from_pretrained(model_dir),
+        "peft_config": LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
+    }
+    return LoraTrainer(**{**settings, **options})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("container", [list, Dataset.from_list])
+def test_same_rows_in_every_shape(shape: str, container: Any, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    made = trainer(tiny_llama_dir, tmp_path / "out", container(SHAPES[shape]))
+    expected = trainer(tiny_llama_dir, tmp_path / "out", SHAPES["messages"])
+    assert len(made.train_dataset) == 3
+    for row, other in zip(made.train_dataset, expected.train_dataset, strict=True):
+        assert row.input_ids.tolist() == other.input_ids.tolist()
+        assert row.labels.tolist() == other.labels.tolist()
+    answer = made.train_dataset[1].labels
+    text = made.processing_class.decode(answer[answer >= 0], skip_special_tokens=False)
+    assert text == " fig fig</s>"  # the template's generation prompt ends with a colon: the blank is the answer's
+
+
+def test_it_trains_saves_and_loads_with_peft_alone(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    made = trainer(tiny_llama_dir, tmp_path / "out", SHAPES["messages"], eval_dataset=SHAPES["messages"][:1])
+    result = made.train()
+    assert result.global_step == 2
+    metrics = made.evaluate()
+    assert set(metrics) >= {"eval_loss", "eval_perplexity", "eval_token_accuracy"}
+    made.save_model()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix in (".bin", ".pt", ".pth")) == []
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    ids = torch.tensor([made.train_dataset[0].input_ids.tolist()])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, made.model.eval()(ids).logits, rtol=0, atol=1e-5)
+    with loaded.disable_adapter(), torch.no_grad():
+        base_logits = loaded(ids).logits
+    with torch.no_grad():
+        assert not torch.equal(loaded(ids).logits, base_logits)
+
+
+def test_the_users_arguments_are_not_changed(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=3, save_total_limit=1,
+        use_cpu=True,
+    )  # fmt: skip
+    made = trainer(tiny_llama_dir, tmp_path, SHAPES["messages"], args=args)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.save_total_limit) == (2, 3, 1)
+    assert made.rows_per_step == 6
+
+
+def test_refusals(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    with pytest.raises(UsageError, match="LoraTrainer trains an adapter"):
+        trainer(tiny_llama_dir, tmp_path, SHAPES["messages"], peft_config=None)
+    with pytest.raises(DataError, match="the dataset is empty"):
+        trainer(tiny_llama_dir, tmp_path, [])
+    with pytest.raises(DataError) as error:
+        trainer(tiny_llama_dir, tmp_path, [*SHAPES["alpaca"], {"instruction": "a", "output": ""}])
+    assert "train_dataset:4" in str(error.value)
+    adapted = trainer(tiny_llama_dir, tmp_path, SHAPES["messages"]).model
+    with pytest.raises(UsageError, match="the model has an adapter already"):
+        trainer(tiny_llama_dir, tmp_path, SHAPES["messages"], model=adapted)
+
+
+def test_rows_that_are_tokens_already(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 0], "labels": [5, -100, 7, -100], "attention_mask": [1, 1, 1, 0]}]
+    made = trainer(tiny_llama_dir, tmp_path, rows)
+    assert made.train_dataset[0].input_ids.tolist() == [5, 6, 7]
+    assert made.train_dataset[0].labels.tolist() == [-100, -100, 7]
+    with pytest.raises(DataError, match="no token of this row has a label"):
+        trainer(tiny_llama_dir, tmp_path, [{"input_ids": [5, 6], "labels": [-100, -100]}])
