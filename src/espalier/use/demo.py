@@ -16,7 +16,7 @@ from espalier.errors import DataError
 
 NUM_SHOWN = 5
 SETTINGS: dict[str, Any] = {
-    "num_train_epochs": 3.0,
+    "num_train_epochs": 4.0,
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5.0,
