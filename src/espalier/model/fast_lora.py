@@ -37,11 +37,11 @@ class Counts:
     reasons: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = [f"own forward in {self.fast} layer{'' if self.fast == 1 else 's'}"] if self.fast else []
-        if self.peft:
-            why = ", ".join(f"{reason} x{count}" for reason, count in self.reasons.items())
-            parts.append(f"PEFT's in {self.peft}" + (f" ({why})" if why else ""))
-        return ", ".join(parts) or "no LoRA layers"
+        why = ", ".join(f"{reason} x{count}" for reason, count in self.reasons.items())
+        ending = f" ({why})" if why else ""
+        if not self.fast:
+            return f"PEFT's forward in {self.peft} layers{ending}"
+        return f"own forward in {self.fast} layers" + (f", PEFT's in {self.peft}{ending}" if self.peft else "")
 
 
 def fast_lora(model: nn.Module) -> Counts:
@@ -118,7 +118,8 @@ class FastLinear(Linear):
             return super().forward(x, *args, **kwargs)
         (name,) = (name for name in self.active_adapters if name in self.lora_A)
         dropout = self.lora_dropout[name]
-        x = x.to(dtype)
+        shape = (*x.shape[:-1], self.out_features)
+        x = x.to(dtype).reshape(-1, self.in_features)
         dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
         weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
         if isinstance(base, Conv1D):
@@ -126,7 +127,7 @@ class FastLinear(Linear):
         result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
             x, dropped, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )
-        return result
+        return result.view(shape)  # here: of a view made inside the function, autograd forbids changes in place
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -135,8 +136,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,  # [..., I]
-        dropped: torch.Tensor | None,  # [..., I]: x after dropout; None: x itself
+        x: torch.Tensor,  # [T, I]
+        dropped: torch.Tensor | None,  # [T, I]: x after dropout; None: x itself
         weight: torch.Tensor,  # [O, I], any strides
         bias: torch.Tensor | None,  # [O]
         lora_a: torch.Tensor,  # [r, I]
@@ -144,31 +145,26 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         low = x if dropped is None else dropped
-        low = low.reshape(-1, low.shape[-1])  # [T, I]
         a = lora_a.to(x.dtype)
         b = (lora_b * scale).to(x.dtype)
         u = a @ low.t()  # [r, T]: with few rows, products are faster this way round
-        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        y = F.linear(x, weight, bias)  # [T, O]
         y.addmm_(u.t(), b.t())
         ctx.save_for_backward(low, u, weight, a, b)
         ctx.scale, ctx.is_dropped = scale, dropped is not None
         ctx.dtypes = lora_a.dtype, lora_b.dtype
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         low, u, weight, a, b = ctx.saved_tensors
         needs_x, needs_dropped, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
-        shape = (*grad.shape[:-1], low.shape[-1])
-        g = grad.reshape(-1, grad.shape[-1])  # [T, O]
         gu = b.t() @ g.t()  # [r, T]
         gx = g @ weight if needs_x else None  # [T, I]
-        gdropped = None
-        if ctx.is_dropped:
-            gdropped = (gu.t() @ a).view(shape) if needs_dropped else None
-        elif gx is not None:
+        gdropped = gu.t() @ a if needs_dropped else None
+        if gx is not None and not ctx.is_dropped:
             gx.addmm_(gu.t(), a)
         ga = (gu @ low).to(ctx.dtypes[0]) if needs_a else None
         gb = (u @ g).t().to(ctx.dtypes[1]) * ctx.scale if needs_b else None
-        return None if gx is None else gx.view(shape), gdropped, None, None, ga, gb, None
+        return gx, gdropped, None, None, ga, gb, None
