@@ -81,6 +81,9 @@ class RunConfig:
     use_rslora: bool = option(False, "scale by alpha / sqrt(r)", "LoRA")
     use_dora: bool = option(False, "learn magnitude and direction apart", "LoRA")
     init_lora_weights: str = option("true", "how A and B start: true, gaussian, pissa, olora, orthogonal", "LoRA")
+    lora_forward: Literal["fast", "peft"] = option(
+        "fast", "arithmetic of the LoRA layers: one function of ours where it applies, or PEFT's own forward", "LoRA"
+    )
     modules_to_save: list[str] = option([], "further modules trained in full and saved", "LoRA", many=True)
     continue_training: bool = option(False, "start from the adapter in --checkpoint, as a new run", "LoRA", common=True)
     checkpoint: str | None = option(None, "adapter folder for --continue_training", "LoRA", common=True)

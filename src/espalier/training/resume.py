@@ -31,6 +31,7 @@ MAY_CHANGE = frozenset(
         "gradient_checkpointing",
         "tree",
         "attention",
+        "lora_forward",
         "max_tokens_per_pack",
         "min_shared_tokens",
         "self_check",

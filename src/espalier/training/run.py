@@ -201,10 +201,12 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
             min_shared_tokens=config.min_shared_tokens,
             group_by_prefix=config.group_by_prefix,
             self_check=config.self_check == "on",
+            lora_forward=config.lora_forward,
         ),
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else None,
     )
     trainer.remove_callback(PrinterCallback)
+    say("lora", str(trainer.lora_counts))
     say("tree", trainer.describe_tree())
     return trainer
 

@@ -21,7 +21,7 @@ class StepOptions:
 
     tree: shared beginnings once; else padded rows in micro-batches of micro_batch_rows through the stock forward.
     attention: auto, reference or merged. max_tokens_per_pack: most unique tokens a forward. micro_batch_rows None:
-    the trainer's per_device_train_batch_size.
+    the trainer's per_device_train_batch_size. lora_forward: fast (one function a LoRA layer) or peft.
     """
 
     tree: bool = True
@@ -31,6 +31,7 @@ class StepOptions:
     micro_batch_rows: int | None = None
     group_by_prefix: bool = False
     self_check: bool = True
+    lora_forward: str = "fast"
 
 
 @dataclass(frozen=True, slots=True)

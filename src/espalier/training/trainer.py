@@ -75,9 +75,12 @@ class LoraTrainer(Trainer):
         template: str | None = None,
         max_length: int | None = None,
     ):
+        from espalier.model.fast_lora import fast_lora, peft_lora
+
         peft_model, processing_class = _model_and_tokenizer(model, processing_class, peft_config)
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="runs/trainer")
         self.options = options or StepOptions()
+        self.lora_counts = fast_lora(peft_model) if self.options.lora_forward == "fast" else peft_lora(peft_model)
         self.micro_batch_rows = self.options.micro_batch_rows or args.per_device_train_batch_size
         self.rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.keep_checkpoints = args.save_total_limit
