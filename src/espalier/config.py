@@ -109,6 +109,10 @@ class RunConfig:
     weight_decay: float = option(0.0, "weight decay of the adapter", "Training", hf=True)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 switches it off", "Training", hf=True)
     optim: str = option("adamw_torch_fused", "optimizer", "Training", hf=True)
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "a step whose loss or gradient is not finite: stop the run, or skip the step and count it", "Training"
+    )
+    max_nonfinite_steps: int = option(5, "most steps in a row that --on_nonfinite skip passes over", "Training")
     seed: int = option(42, "seed of row order, adapter start and dropout", "Training", common=True, hf=True)
     gradient_checkpointing: bool = option(
         False, "compute activations again in backward: less memory, more time", "Training", common=True, hf=True

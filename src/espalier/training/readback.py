@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,6 +13,7 @@ from espalier.errors import AdapterError
 if TYPE_CHECKING:
     from torch import nn
 
+FORWARD_TOKENS = 256
 # Names that wrappers put into keys; a loader that knows nothing of them finds no tensor (case C19).
 WRAPPER_MARKS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.base_model.")
 
@@ -21,12 +22,21 @@ def read_back(model: nn.Module, folder: Path) -> None:
     """Compare `adapter_model.safetensors` with the live adapter, bit for bit.
 
     Raises AdapterError: no tensors, other names or shapes, values that differ or are not finite, wrapper prefixes.
+    The file is no adapter then; whoever asked for it deletes it.
     """
     from peft.utils import get_peft_model_state_dict
 
     file = folder / "adapter_model.safetensors"
     stored = load_file(str(file))
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    bad = [name for name, tensor in live.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise AdapterError(
+            f"{len(bad)} of the adapter's {len(live)} tensors are not finite: nothing is saved of it",
+            where=str(folder.parent),
+            details=bad[:5],
+            todo="Go back to the last checkpoint, and try a lower --learning_rate or --fp32.",
+        )
     problems = []
     if not stored:
         problems.append(f"it holds 0 of {len(live)} tensors")
@@ -34,13 +44,39 @@ def read_back(model: nn.Module, folder: Path) -> None:
     problems += [f"{name} belongs to nothing" for name in stored if name not in live]
     problems += [f"{name} has a wrapper's prefix" for name in stored if any(m in name for m in WRAPPER_MARKS)]
     for name in stored.keys() & live.keys():
-        if not torch.isfinite(stored[name]).all():
-            problems.append(f"{name} holds values that are not finite")
-        elif not torch.equal(stored[name], live[name].detach().cpu()):
+        if not torch.equal(stored[name], live[name].detach().cpu()):
             problems.append(f"{name} differs from the trained tensor")
     if problems:
         raise AdapterError(
             "the adapter that was written is not the one that was trained", where=str(file), details=problems[:10]
+        )
+
+
+def check_forward(model: nn.Module, folder: Path, input_ids: Any) -> None:
+    """One row through the live adapter, and again after its tensors were erased and read from the file.
+
+    input_ids: [T] ids of a row, of which the first FORWARD_TOKENS are taken. Raises AdapterError where logits differ.
+    """
+    from peft import set_peft_model_state_dict
+
+    device = next(model.parameters()).device
+    ids = torch.tensor(input_ids[:FORWARD_TOKENS], dtype=torch.long, device=device)[None]  # [1, T]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+        set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+        after = model(input_ids=ids).logits
+    model.train(was_training)
+    if not torch.equal(before, after):
+        difference = float((before - after).abs().max())
+        raise AdapterError(
+            f"the saved adapter does not compute what the trained one did: logits differ by {difference:g}",
+            where=str(folder),
+            todo="Take the last checkpoint, and report this.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class RunReporter(TrainerCallback):
         self.progress: Progress | None = None
         self.started = time.perf_counter()
         self.first_step = resumed_at or 0
+        self.waiting: list[str] = []
+        self.said = False
         if resumed_at is not None and self.file.is_file():
             lines = self.file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= resumed_at]
@@ -60,16 +63,33 @@ class RunReporter(TrainerCallback):
             self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
+        if not logs or not state.is_world_process_zero or not {"loss", "eval_loss", "nonfinite_steps"} & logs.keys():
             return  # transformers' summary at the end: run.py has its own
-        entry = {"step": state.global_step, **logs}
-        with open(self.file, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(entry) + "\n")
+        self._write({"step": state.global_step, **logs})
         line = self._line(state, logs)
         if line and self.progress is not None and "loss" in logs:
             self.progress.update(self.task, last=line)
         elif line:
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        """Append to the file; what the disk does not take now is kept for the next time."""
+        self.waiting.append(json.dumps(entry) + "\n")
+        try:
+            size = self.file.stat().st_size if self.file.exists() else 0
+            try:
+                with open(self.file, "a", encoding="utf-8") as handle:
+                    handle.writelines(self.waiting)
+            except OSError:
+                os.truncate(self.file, size)  # no half line stays
+                raise
+        except OSError as error:
+            if not self.said:
+                text = f"warning: {self.file} cannot be written: {error.strerror}; its lines are kept for later"
+                self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+            self.said = True
+            return
+        self.waiting, self.said = [], False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -93,7 +113,7 @@ class RunReporter(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}  "
                 f"perplexity {logs['eval_perplexity']:.3f}  token accuracy {logs['eval_token_accuracy']:.3f}"
             )
-        return ""
+        return f"step {state.global_step}/{state.max_steps}  no loss: {logs['nonfinite_steps']} steps were skipped"
 
 
 def _step_of(line: str) -> int:

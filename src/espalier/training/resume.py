@@ -1,13 +1,25 @@
-"""What must be the same when a run goes on, and what may differ."""
+"""What must be the same when a run goes on, and what may differ; a run that was stopped at its very end.
+
+docs/resume.md says the same to the user, and a test holds both together.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from espalier.config import RunConfig, options
 from espalier.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+    from espalier.training.trainer import LoraTrainer
+
+Say = Callable[[str, str], None]
 
 # May differ: how long, how often things are written, and how the same step is computed.
 MAY_CHANGE = frozenset(
@@ -32,6 +44,8 @@ MAY_CHANGE = frozenset(
         "tree",
         "attention",
         "lora_forward",
+        "on_nonfinite",
+        "max_nonfinite_steps",
         "max_tokens_per_pack",
         "min_shared_tokens",
         "self_check",
@@ -47,13 +61,24 @@ MAY_CHANGE = frozenset(
 )
 
 
-def compare_settings(stored: RunConfig, given: RunConfig, *, where: str) -> None:
-    """Raise CheckpointError that names every setting which must not differ between stop and resume."""
+# Their product, the rows of a step, must not differ; how it is made up may.
+ROWS_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def compare_settings(stored: RunConfig, given: RunConfig, folder: Path, *, where: str) -> None:
+    """Raise CheckpointError that names every setting which must not differ between stop and resume.
+
+    folder: the run's, for how far it has come.
+    """
     names = [f.name for f in options()]
     pairs = [(name, getattr(stored, name), getattr(given, name)) for name in names]
     further = {**stored.training_arguments, **given.training_arguments}
     pairs += [(n, stored.training_arguments.get(n), given.training_arguments.get(n)) for n in further]
-    changed = [f"--{name}: {old} -> {new}" for name, old, new in pairs if old != new and name not in MAY_CHANGE]
+    same_rows = stored.rows_per_step == given.rows_per_step
+    free = MAY_CHANGE | (frozenset(ROWS_A_STEP) if same_rows else frozenset())
+    changed = [f"--{name}: {old} -> {new}" for name, old, new in pairs if old != new and name not in free]
+    if not same_rows:
+        changed.append(_other_rows(stored.rows_per_step, given.rows_per_step, folder))
     if changed:
         raise CheckpointError(
             "the run was started with other settings",
@@ -63,21 +88,133 @@ def compare_settings(stored: RunConfig, given: RunConfig, *, where: str) -> None
         )
 
 
-def check_record(file: Path, now: dict[str, Any]) -> None:
-    """Compare what the run was made of with what it would go on with: base and rows. Raises CheckpointError."""
+def _other_rows(before: int, now: int, folder: Path) -> str:
+    """What another number of rows a step would mean for this run, in rows (case C05)."""
+    said = f"rows a step: {before} -> {now}"
     try:
-        then = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the run's record cannot be read: {error}", where=str(file)) from error
+        newest = max(folder.glob("checkpoint-*/progress.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+        position = json.loads(newest.read_text(encoding="utf-8"))["position"]
+        record = json.loads((folder / "espalier.json").read_text(encoding="utf-8"))
+        done, rows = int(position["rows"]), int(record["data"]["trained"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return said
+    left = rows - done
+    return (
+        f"{said}: {done} of {rows} rows of epoch {position['epoch'] + 1} are done, the {left} left would be "
+        f"{math.ceil(left / now)} steps instead of {math.ceil(left / before)}, under another schedule"
+    )
+
+
+def check_record(then: dict[str, Any], now: dict[str, Any], *, where: str) -> None:
+    """Compare what the run was made of with what it would go on with. Raises CheckpointError that names all of it."""
     changed = []
-    if then.get("base", {}).get("fingerprint") != now["base"]["fingerprint"]:
-        changed.append(f"the base: {then.get('base', {}).get('name')} -> {now['base']['name']}, or its weights differ")
+    base = then.get("base", {})
+    if base.get("fingerprint") != now["base"]["fingerprint"]:
+        changed.append(f"the base: {base.get('name')} -> {now['base']['name']}, or its weights differ")
+    prints = then.get("fingerprints", {})
+    changed += [f"the {name}" for name, value in now["fingerprints"].items() if prints.get(name) != value]
     if then.get("data", {}).get("fingerprint") != now["data"]["fingerprint"]:
         changed.append("the rows as they are encoded: data, tokenizer, template or length policy")
     if changed:
         raise CheckpointError(
             "this is not what the run was started with",
-            where=str(file),
+            where=where,
             details=changed,
             todo="Bring it back, or start a new run from the run's adapter with --continue_training.",
         )
+
+
+def resume_point(trainer: LoraTrainer, wanted: str, folder: Path, now: dict[str, Any], say: Say) -> Path | None:
+    """The checkpoint to go on from, after all comparisons; None where the run was killed before it saved one.
+
+    now: the record of what would be trained. Raises CheckpointError: other base or data, nothing whole, nothing left.
+    """
+    keeper, file = trainer.keeper, folder / "espalier.json"
+    try:
+        then = json.loads(file.read_text(encoding="utf-8"))
+        keeper.run = then["run"]
+    except FileNotFoundError:
+        then = None  # killed while the folder was made
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the run's record cannot be read: {error}", where=str(file)) from error
+    checkpoint = keeper.find(wanted, lambda text: say("", text))
+    if then is not None:
+        check_record(then, now, where=str(file))
+    if checkpoint is None:
+        if (folder / "adapter_model.safetensors").is_file():
+            raise CheckpointError(
+                "the run is finished and has no checkpoint to go on from",
+                where=str(folder),
+                todo="Start a new run from its adapter with --continue_training.",
+            )
+        say("resume", "the run was stopped before its first checkpoint: it begins again at step 1")
+        return None
+    state = stored_state(checkpoint)
+    say("resume", f"from {checkpoint.name}, step {state.global_step}")
+    if state.max_steps != trainer.args.max_steps:
+        say(
+            "",
+            f"{trainer.args.max_steps} steps in all, {state.max_steps} before: the learning rate follows the new plan",
+        )
+    return checkpoint
+
+
+def stored_state(checkpoint: Path) -> TrainerState:
+    """HF's TrainerState as the checkpoint holds it."""
+    from transformers import TrainerState
+
+    state: TrainerState = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state
+
+
+def complete_evaluation(trainer: LoraTrainer, checkpoint: Path) -> None:
+    """Make up for the evaluation that a signal cut off, and put its result into the checkpoint."""
+    state = stored_state(checkpoint)
+    if not _stored(state, "TrainerControl").get("should_evaluate"):
+        return
+    trainer.keeper.load_adapter(trainer.model, checkpoint)
+    trainer.state = state
+    trainer.keeper.last_whole = checkpoint
+    trainer._load_callback_state()
+    metrics = trainer.evaluate()
+    trainer._determine_best_metric(metrics, None)
+    trainer.name_best(saved=False)
+    trainer.keeper.rewrite_state(trainer, checkpoint)
+
+
+def has_ended(state: TrainerState, max_steps: int, patience: int | None) -> bool:
+    """True where no step is left: all are done, or early stopping with the same patience ended the run."""
+    if state.global_step >= max_steps:
+        return True
+    stopped = _stored(state, "TrainerControl").get("should_training_stop", False)
+    same_patience = _stored(state, "EarlyStoppingCallback").get("early_stopping_patience") == patience
+    return bool(stopped) and state.global_step < state.max_steps and same_patience
+
+
+def load_ending(trainer: LoraTrainer, checkpoint: Path, folder: Path) -> None:
+    """Bring a run that was killed between its last checkpoint and its adapter to its end: state and final weights.
+
+    Raises CheckpointError where the adapter is there already: nothing is left to do (case C24).
+    """
+    from espalier.training.checkpoint_files import sha256
+
+    trainer.state = stored_state(checkpoint)
+    trainer.name_best(saved=False)
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    final = Path(best) if best else checkpoint
+    name = "adapter_model.safetensors"
+    if (folder / name).is_file() and sha256(folder / name) == sha256(final / name):
+        raise CheckpointError(
+            f"nothing is left to do: all {trainer.state.global_step} steps are done and the adapter is saved",
+            where=str(folder),
+            todo="Give more --num_train_epochs or --max_steps, or start a new run from its adapter with "
+            "--continue_training.",
+        )
+    trainer.keeper.load_adapter(trainer.model, final)
+
+
+def _stored(state: TrainerState, callback: str) -> dict[str, Any]:
+    """The arguments of a callback as the checkpoint holds them; empty where it has none."""
+    callbacks: Any = state.stateful_callbacks or {}
+    stored = callbacks.get(callback, {})
+    return dict(stored.get("args", {})) if isinstance(stored, dict) else {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +88,7 @@ def resumed_config(config: RunConfig, folder: Path) -> RunConfig:
     from espalier.training.resume import compare_settings
 
     stored = build_config({}, str(folder / RUN_FILE))
-    compare_settings(stored, config, where=str(folder / RUN_FILE))
+    compare_settings(stored, config, folder, where=str(folder / RUN_FILE))
     return config
 
 
@@ -111,9 +114,10 @@ def held_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        (folder / LOCK).unlink(missing_ok=True)
-        if is_new and not any(folder.iterdir()):  # the run ended before it had anything to write
-            folder.rmdir()
+        with suppress(OSError):  # the folder may be gone or read-only by now
+            (folder / LOCK).unlink(missing_ok=True)
+            if is_new and not any(folder.iterdir()):  # the run ended before it had anything to write
+                folder.rmdir()
 
 
 @contextmanager
@@ -134,33 +138,42 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunResult:
-    from espalier.training.checkpoint import step_of
+    from espalier.training.faults import Interrupted, stop_on_signals
+    from espalier.training.rehearsal import Rehearsal
     from espalier.training.report import METRICS, RunReporter
-    from espalier.training.trainer import Interrupted, stop_on_signals
+    from espalier.training.resume import complete_evaluation, has_ended, load_ending, resume_point, stored_state
 
+    config = prepared.config
     trainer = build_trainer(prepared, say)
+    trainer.notice = lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
+    made_of = record(prepared, trainer)
     checkpoint = None
-    if prepared.config.resume_from_checkpoint:
-        from espalier.training.resume import check_record
-
-        checkpoint = trainer.keeper.find(prepared.config.resume_from_checkpoint, lambda text: say("", text))
-        check_record(folder / RECORD, record(prepared, trainer))
-        say("resume", f"from {checkpoint.name}, step {step_of(checkpoint)}")
-    write_companions(prepared, trainer, folder)
+    if config.resume_from_checkpoint:
+        checkpoint = resume_point(trainer, config.resume_from_checkpoint, folder, made_of, say)
+    trainer.keeper.sweep()
+    write_companions(prepared, trainer, folder, made_of)
     say("output", str(folder))
-    reporter = RunReporter(folder, console, resumed_at=None if checkpoint is None else step_of(checkpoint))
+    resumed_at = stored_state(checkpoint).global_step if checkpoint else 0 if config.resume_from_checkpoint else None
+    reporter = RunReporter(folder, console, resumed_at=resumed_at)
     trainer.add_callback(reporter)
+    trainer.add_callback(Rehearsal(trainer))
     started = time.perf_counter()
     try:
         with stop_on_signals(trainer):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is not None:
+                complete_evaluation(trainer, checkpoint)
+            patience = config.early_stopping_patience
+            if checkpoint is not None and has_ended(stored_state(checkpoint), prepared.max_steps, patience):
+                load_ending(trainer, checkpoint, folder)
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Interrupted as stop:
         reporter.close()
         _say_stopped(trainer, folder, console)
         raise SystemExit(128 + stop.signum) from None
     except BaseException:
         reporter.close()
-        if checkpoint is None and trainer.state.global_step == 0:
+        if not config.resume_from_checkpoint and trainer.state.global_step == 0:
             for name in (*trainer.keeper.companions, METRICS):
                 (folder / name).unlink(missing_ok=True)
         raise
@@ -202,6 +215,8 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
             group_by_prefix=config.group_by_prefix,
             self_check=config.self_check == "on",
             lora_forward=config.lora_forward,
+            on_nonfinite=config.on_nonfinite,
+            max_nonfinite_steps=config.max_nonfinite_steps,
         ),
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else None,
     )
@@ -246,11 +261,17 @@ def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
     """What ties an adapter to its base, its template and its rows; written as espalier.json beside it."""
     from espalier.model.fingerprint import base_fingerprint
 
+    tokenizer = prepared.tokenizer
     return {
         "espalier_version": __version__,
+        "run": trainer.keeper.run,
         "base": {"name": prepared.model.name, "fingerprint": base_fingerprint(trainer.model)},
         "template": prepared.template.source,
         "stop_ids": prepared.stop_ids,
+        "fingerprints": {
+            "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
+            "template": _digest(str(tokenizer.chat_template)),
+        },
         "data": {
             "files": list(prepared.data_files),
             "read": prepared.result.counts.num_read,
@@ -261,22 +282,42 @@ def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
     }
 
 
-def write_companions(prepared: Prepared, trainer: LoraTrainer, folder: Path) -> None:
-    """Everything of the final folder but the weights, before step 1: what cannot be saved is found out now."""
-    before = {p.name for p in folder.iterdir()}
-    (folder / RUN_FILE).write_text(prepared.config.to_yaml(), encoding="utf-8")
-    (folder / RECORD).write_text(
-        json.dumps(record(prepared, trainer), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
-    prepared.tokenizer.save_pretrained(str(folder))
-    prepared.generation.save_pretrained(str(folder))
-    written = {p.name for p in folder.iterdir() if p.is_file()} - {LOCK, "metrics.jsonl"}
-    kept = before & set(trainer.keeper.companions) | (written - before)
-    trainer.keeper.companions = tuple(sorted(kept or written))
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_companions(prepared: Prepared, trainer: LoraTrainer, folder: Path, made_of: dict[str, Any]) -> None:
+    """Everything of the final folder but the weights, before step 1: what cannot be saved is found out now.
+
+    Each file is there whole or not at all. Raises RunFolderError where the disk does not take them.
+    """
+    from espalier.training.checkpoint_files import replace_text
+
+    made_of["run"] = trainer.keeper.run
+    try:
+        replace_text(folder / RUN_FILE, prepared.config.to_yaml())
+        replace_text(folder / RECORD, json.dumps(made_of, ensure_ascii=False, indent=1) + "\n")
+        with tempfile.TemporaryDirectory(prefix=".companions-", suffix=".partial", dir=folder) as beside:
+            prepared.tokenizer.save_pretrained(beside)
+            prepared.generation.save_pretrained(beside)
+            names = sorted(os.listdir(beside))
+            for name in names:
+                os.replace(Path(beside) / name, folder / name)
+    except OSError as error:
+        raise RunFolderError(
+            f"the run's files cannot be written: {error.strerror or error}",
+            where=str(folder),
+            todo="Make room, or name another --output_dir.",
+        ) from error
+    trainer.keeper.companions = (RUN_FILE, RECORD, *names)
 
 
 def _say_stopped(trainer: LoraTrainer, folder: Path, console: Console) -> None:
-    saved = trainer.save_interrupted()
+    try:
+        saved = trainer.save_interrupted()
+    except RunFolderError as error:
+        console.print(f"stopped after step {trainer.state.global_step}; warning: {error}", soft_wrap=True, markup=False)
+        return
     if saved is None:
         for name in trainer.keeper.companions:
             (folder / name).unlink(missing_ok=True)
@@ -289,12 +330,21 @@ def _say_stopped(trainer: LoraTrainer, folder: Path, console: Console) -> None:
 
 
 def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Console, seconds: float) -> RunResult:
-    from espalier.training.readback import effect_of
+    from espalier.training.readback import check_forward, effect_of
 
     steps = trainer.state.global_step
     if steps == 0:
         raise TrainingError("no step was done", todo="Check --max_steps and the number of rows.")
-    trainer.save_model(str(folder))
+    try:
+        trainer.save_model(str(folder))
+    except RunFolderError as error:
+        raise TrainingError(
+            f"all {steps} steps are done, but {error.what}",
+            where=error.where,
+            todo=f"{error.todo} Make room, then: "
+            f"espalier train --config {folder / RUN_FILE} --resume_from_checkpoint last",
+        ) from error
+    check_forward(trainer.model, folder, prepared.train_rows[0].input_ids)
     if effect_of(folder) == 0.0:
         raise AdapterError("every lora_B is zero after training: the adapter has no effect", where=str(folder))
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
@@ -302,6 +352,8 @@ def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Con
         console.print(
             f"the adapter is that of step {trainer.state.best_global_step}, the best evaluation", soft_wrap=True
         )
+    if trainer.nonfinite.total:
+        console.print(f"{trainer.nonfinite.total} steps were skipped: their loss or gradient was not finite")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {"loss": losses[-1] if losses else None}
     metrics |= next((e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {})

@@ -22,6 +22,7 @@ class StepOptions:
     tree: shared beginnings once; else padded rows in micro-batches of micro_batch_rows through the stock forward.
     attention: auto, reference or merged. max_tokens_per_pack: most unique tokens a forward. micro_batch_rows None:
     the trainer's per_device_train_batch_size. lora_forward: fast (one function a LoRA layer) or peft.
+    on_nonfinite: stop, or skip a step whose loss or gradient is not finite, up to max_nonfinite_steps in a row.
     """
 
     tree: bool = True
@@ -31,6 +32,8 @@ class StepOptions:
     micro_batch_rows: int | None = None
     group_by_prefix: bool = False
     self_check: bool = True
+    on_nonfinite: str = "stop"
+    max_nonfinite_steps: int = 5
     lora_forward: str = "fast"
 
 
@@ -116,6 +119,12 @@ class StepSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return math.ceil(self.num_rows / self.rows_per_step)
+
+    def rows_in(self, num_steps: int) -> int:
+        """Rows of the first `num_steps` steps of this epoch."""
+        if self.alike is None:
+            return min(num_steps * self.rows_per_step, self.num_rows)
+        return sum(len(step) for _, step in zip(range(num_steps), self, strict=False))
 
     def __iter__(self) -> Iterator[list[int]]:
         # RandomState, whose stream numpy has promised never to change.

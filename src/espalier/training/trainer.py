@@ -7,25 +7,25 @@ by the planner. So the loop of transformers sees one batch a step and no accumul
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from espalier.errors import TrainingError, UsageError
-from espalier.training.checkpoint import CheckpointKeeper, random_state
+from espalier.errors import CheckpointError, RunFolderError, TrainingError, UsageError
+from espalier.training.checkpoint import CheckpointKeeper, random_state, run_of
 from espalier.training.dataset import as_encoded
+from espalier.training.faults import Interrupted, NonFinite
 from espalier.training.step import StepBatch, StepCollator, StepLoader, StepOptions, StepSampler, order_by_prefix
 from espalier.tree.attention import choose_attention
 from espalier.tree.collate import to_tensors
@@ -34,16 +34,10 @@ from espalier.tree.selfcheck import rows_to_check, self_check
 from espalier.tree.support import tree_support
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase, TrainerCallback
-
-
-class Interrupted(BaseException):  # like KeyboardInterrupt: no `except Exception` may swallow it
-    """A signal asked the run to end; raised between two micro-steps. `signum` is the signal's number."""
-
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.signum = signum
 
 
 class LoraTrainer(Trainer):
@@ -112,9 +106,14 @@ class LoraTrainer(Trainer):
         )
         self.keeper = CheckpointKeeper(Path(args.output_dir or "."), keep=self.keep_checkpoints)
         self.stop_signal: int | None = None
+        self.notice: Callable[[str], None] = _to_stderr  # where warnings of a running run go
+        self.nonfinite = NonFinite(
+            self.options.on_nonfinite == "skip", self.options.max_nonfinite_steps, lambda text: self.notice(text)
+        )
         self._checked = False
         self._window = _Window()
-        self._random_at_step: dict[str, Any] | None = None
+        self._random_at_step: tuple[int, dict[str, Any]] | None = None  # (steps done, state before the next one)
+        self._step_has_loss = True
         super().__init__(
             model=peft_model,
             args=args,
@@ -154,7 +153,7 @@ class LoraTrainer(Trainer):
         if self.options.self_check and batch.packs and not self._checked:
             self._check_tree(model, batch)
         assert batch.weight_sum > 0, "a step without labels cannot exist: such rows are refused when they are encoded"
-        self._random_at_step = random_state()
+        self._random_at_step = (self.state.global_step, random_state())
         started = time.perf_counter()
         model.train()
         loss = torch.zeros((), device=self.args.device)
@@ -168,9 +167,12 @@ class LoraTrainer(Trainer):
             loss += part_mean.detach()
             correct += output.num_correct
         self._raise_if_stopped()
-        if not torch.isfinite(loss):
-            raise self._not_finite("loss", float(loss), batch)
         self._batch = batch
+        self._step_has_loss = bool(torch.isfinite(loss))
+        if not self._step_has_loss:
+            self._skip_step(model, "loss", float(loss))
+            self._window.add_lost()
+            return torch.zeros_like(loss)  # left out of the mean that is logged, see _Window.report
         self._window.add(batch, correct, time.perf_counter() - started)
         return loss
 
@@ -195,18 +197,26 @@ class LoraTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
-            raise self._not_finite("gradient norm", float(norm), self._batch)
-        return norm
+        if not self._step_has_loss:
+            return None
+        if math.isfinite(float(norm)):
+            self.nonfinite.passed()
+            return norm
+        if self.accelerator.scaler is not None:
+            self.nonfinite.met_by_scaler(self.state.global_step + 1, self._batch.places(), self.keeper.newest())
+            return norm
+        self._skip_step(model, "gradient norm", float(norm))
+        return None
 
-    def _not_finite(self, what: str, value: float, batch: StepBatch) -> TrainingError:
-        last = self.keeper.newest()
-        return TrainingError(
-            f"the {what} of step {self.state.global_step + 1} is {value}",
-            details=[f"rows of the step: {batch.places()}" if batch.places() else "the rows come from memory"],
-            todo=f"Nothing was saved after it; last checkpoint: {last or 'none'}. "
-            "Try a lower --learning_rate, or --fp32; look at these rows with `espalier inspect`.",
-        )
+    def _skip_step(self, model: nn.Module, what: str, value: float) -> None:
+        """Make this step change nothing: parameters without a gradient are passed over by the optimizer.
+
+        A float16 scaler wants to see the bad gradient, and skips by itself. Raises TrainingError where the run stops.
+        """
+        self.nonfinite.met(what, value, self.state.global_step + 1, self._batch.places(), self.keeper.newest())
+        self._window.skipped += 1
+        if self.accelerator.scaler is None:
+            model.zero_grad(set_to_none=True)
 
     def _raise_if_stopped(self) -> None:
         if self.stop_signal is not None:
@@ -219,8 +229,11 @@ class LoraTrainer(Trainer):
         return self._loader(self.train_dataset, self._train_sampler())
 
     def _train_sampler(self) -> StepSampler:
-        alike = order_by_prefix(self.train_dataset) if self.options.group_by_prefix else None
-        return StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=alike)
+        return StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=self._alike)
+
+    @cached_property
+    def _alike(self) -> npt.NDArray[np.int64] | None:
+        return order_by_prefix(self.train_dataset) if self.options.group_by_prefix else None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         """The held-out rows in their order."""
@@ -298,42 +311,94 @@ class LoraTrainer(Trainer):
         """As HF's; a log of training also says tokens a second and token accuracy since the last one."""
         if "loss" in logs:
             logs.update(self._window.report())
+            if self._window.lost:  # steps without a loss are left out of the mean, never counted as 0
+                self._window.mean_of_the_rest(logs)
             self._window = _Window()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter as a PEFT folder, with the tokenizer: no pickle."""
-        self.keeper.save_adapter(self.model, Path(output_dir or self.args.output_dir or "."), self.processing_class)
+        """The adapter as a PEFT folder, with the tokenizer: no pickle. Raises RunFolderError where it cannot be."""
+        self.keeper.publish_adapter(self.model, Path(output_dir or self.args.output_dir or "."), self.processing_class)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(self.keeper.path(self.state.best_global_step))
-        self.keeper.save(self)
+        self.name_best()
+        try:
+            self.keeper.save(self)
+        except RunFolderError as error:
+            self.name_best(saved=False)
+            self.notice(f"warning: {error}\n  The run goes on, and tries again at the next save.")
+
+    def name_best(self, *, saved: bool = True) -> None:
+        """Say where the best checkpoint is; None where it could not be saved. saved: that of this step will be."""
+        best = self.state.best_global_step
+        if best:
+            path = self.keeper.path(best)
+            is_there = path.is_dir() or (saved and best == self.state.global_step)
+            self.state.best_model_checkpoint = str(path) if is_there else None
 
     def save_interrupted(self) -> Path | None:
-        """A checkpoint of the last finished step, after `Interrupted`; None where no step was finished."""
-        if self.state.global_step == 0:
+        """A checkpoint of the last finished step, after `Interrupted`; None where no step was finished.
+
+        Raises RunFolderError where the disk does not take it.
+        """
+        step = self.state.global_step
+        if step == 0:
             return None
-        return self.keeper.save(self, random=self._random_at_step)
+        if self.keeper.last_whole == self.keeper.path(step):
+            return self.keeper.last_whole
+        before = self._random_at_step
+        # Stopped inside a step: go on with the random numbers that it began with. Inside an evaluation: with these.
+        return self.keeper.save(self, random=before[1] if before is not None and before[0] == step else None)
+
+    def position(self) -> dict[str, int]:
+        """Where in the data the run is: seed, epoch, rows of that epoch that are consumed."""
+        sampler = self._train_sampler()
+        epoch, steps = divmod(self.state.global_step, len(sampler))
+        sampler.set_epoch(epoch)
+        return {"seed": self.args.seed, "epoch": epoch, "rows": sampler.rows_in(steps)}
 
     def progress(self) -> dict[str, Any]:
-        """The log line in the making, which a checkpoint between two log lines must hold."""
+        """Position in the data and the log line in the making, which a checkpoint between two log lines must hold."""
         return {
+            "position": self.position(),
             "loss_sum": float(self._tr_loss),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "window": self._window.to_dict(),
+            "nonfinite": {"in_row": self.nonfinite.in_row, "total": self.nonfinite.total},
         }
 
     def set_progress(self, progress: Mapping[str, Any]) -> None:
-        """Go on with what `progress` gave."""
+        """Go on with what `progress` gave. Raises CheckpointError where the rows would not go on where they stopped."""
+        if progress["position"] != self.position():
+            raise CheckpointError(f"it was saved at {progress['position']} of the rows, this is {self.position()}")
         self._tr_loss.fill_(progress["loss_sum"])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
         self._window = _Window(**progress["window"])
+        self.nonfinite.in_row = progress["nonfinite"]["in_row"]
+        self.nonfinite.total = progress["nonfinite"]["total"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.keeper.load_adapter(self.model, Path(resume_from_checkpoint))
+        self.keeper.run = run_of(Path(resume_from_checkpoint)) or self.keeper.run
+        self.keeper.last_whole = Path(resume_from_checkpoint)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        started = super()._init_training_state(max_steps, *args)
+        # What transformers takes from the checkpoint although the user may have changed it since.
+        self.state.compute_steps(self.args, max_steps)
+        self.name_best(saved=False)
+        return started
+
+    def _load_callback_state(self) -> None:
+        wanted = {type(c): c.early_stopping_patience for c in self._early_stopping()}
+        super()._load_callback_state()
+        for callback in self._early_stopping():  # the count so far is restored, the limit is what is asked for now
+            callback.early_stopping_patience = wanted[type(callback)]
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -354,13 +419,16 @@ class LoraTrainer(Trainer):
 
 @dataclass
 class _Window:
-    """Counts since the last log line."""
+    """Counts since the last log line. lost: steps without a finite loss; skipped: those and bad gradients."""
 
     supervised: int = 0
     logical: int = 0
     unique: int = 0
     seconds: float = 0.0
     correct: Any = 0  # a tensor, so that adding to it does not wait for the device
+    steps: int = 0
+    lost: int = 0
+    skipped: int = 0
 
     def add(self, batch: StepBatch, correct: torch.Tensor, seconds: float) -> None:
         self.supervised += batch.num_supervised
@@ -368,20 +436,38 @@ class _Window:
         self.unique += batch.unique_tokens
         self.seconds += seconds
         self.correct = self.correct + correct
+        self.steps += 1
+
+    def add_lost(self) -> None:
+        self.steps += 1
+        self.lost += 1
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "correct": float(self.correct)}
 
+    def mean_of_the_rest(self, logs: dict[str, float]) -> None:
+        """Make the mean loss that of the steps which have one; take it away where none has."""
+        if self.steps > self.lost:
+            logs["loss"] *= self.steps / (self.steps - self.lost)
+        else:
+            del logs["loss"]
+
     def report(self) -> dict[str, float]:
+        counted: dict[str, float] = {"nonfinite_steps": self.skipped} if self.skipped else {}
         if not self.supervised:
-            return {}
+            return counted
         return {
             "token_accuracy": float(self.correct) / self.supervised,
             "supervised_tokens": self.supervised,
             "logical_tokens": self.logical,
             "unique_tokens": self.unique,
             "supervised_tokens_per_second": round(self.supervised / max(self.seconds, 1e-9), 2),
+            **counted,
         }
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _model_and_tokenizer(model: Any, tokenizer: Any, peft_config: Any) -> tuple[Any, Any]:
@@ -420,26 +506,3 @@ def _pad_id(tokenizer: Any, model: Any) -> int:
             if isinstance(value, int) and value >= 0:
                 return value
     return 0
-
-
-@contextlib.contextmanager
-def stop_on_signals(trainer: LoraTrainer) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the current micro-step; a second one ends the process at once."""
-    import signal
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(signum: int, frame: Any) -> None:
-        if trainer.stop_signal is not None:
-            os._exit(128 + signum)
-        trainer.stop_signal = signum
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
