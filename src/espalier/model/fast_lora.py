@@ -118,8 +118,8 @@ class FastLinear(Linear):
             return super().forward(x, *args, **kwargs)
         (name,) = (name for name in self.active_adapters if name in self.lora_A)
         dropout = self.lora_dropout[name]
-        shape = (*x.shape[:-1], self.out_features)
-        x = x.to(dtype).reshape(-1, self.in_features)
+        shape = x.shape
+        x = x.to(dtype).reshape(-1, shape[-1])
         dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
         weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
         if isinstance(base, Conv1D):
@@ -127,7 +127,9 @@ class FastLinear(Linear):
         result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
             x, dropped, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )
-        return result.view(shape)  # here: of a view made inside the function, autograd forbids changes in place
+        return result.view(
+            *shape[:-1], -1
+        )  # here: of a view made inside the function, autograd forbids changes in place
 
 
 class _LoraLinear(torch.autograd.Function):
