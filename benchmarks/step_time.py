@@ -118,7 +118,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
             save_strategy="no",
             self_check="off",
             tree=args.tree,
-            **options,
+            **{name: int(value) if value.isdigit() else value for name, value in options.items()},
         )
         training_run.train(config, console=Console(stderr=True, highlight=False))
         log = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]

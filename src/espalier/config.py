@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DEFAULT_MODEL = "smollm2-135m"
+MAX_TOKENS_PER_PACK = 4096
+MIN_SHARED_TOKENS = 16  # below it a branch of its own costs what it saves (LOG.md, 2026-11-25)
 
 GROUPS = ("Data", "Model", "LoRA", "Training", "Prompt tree", "Evaluation", "Saving and logging", "Hardware")
 
@@ -133,9 +135,9 @@ class RunConfig:
         "auto", "attention over the tree", "Prompt tree", common=True
     )
     max_tokens_per_pack: int = option(
-        4096, "most unique tokens in one forward pass (at least the longest row)", "Prompt tree", common=True
+        MAX_TOKENS_PER_PACK, "most unique tokens in one forward pass (at least the longest row)", "Prompt tree", common=True
     )
-    min_shared_tokens: int = option(32, "shortest beginning that is worth sharing", "Prompt tree")
+    min_shared_tokens: int = option(MIN_SHARED_TOKENS, "shortest beginning that is worth sharing", "Prompt tree")
     group_by_prefix: bool = option(
         False, "draw rows with the same beginning into the same step (changes the sampling)", "Prompt tree"
     )

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Sampler
 
+from espalier.config import MAX_TOKENS_PER_PACK, MIN_SHARED_TOKENS
 from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.tree.plan import Pack, plan_step
 
@@ -27,8 +28,8 @@ class StepOptions:
 
     tree: bool = True
     attention: str = "auto"
-    max_tokens_per_pack: int = 4096
-    min_shared_tokens: int = 32
+    max_tokens_per_pack: int = MAX_TOKENS_PER_PACK
+    min_shared_tokens: int = MIN_SHARED_TOKENS
     micro_batch_rows: int | None = None
     group_by_prefix: bool = False
     self_check: bool = True

@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from espalier.config import MIN_SHARED_TOKENS
 from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.errors import DataError, UsageError
 
@@ -102,7 +103,7 @@ def plan_step(
     *,
     max_tokens: int,
     max_pairs: int | None = None,
-    min_shared_tokens: int = 32,
+    min_shared_tokens: int = MIN_SHARED_TOKENS,
     min_saving: float = 1.15,
     share: bool = True,
 ) -> StepPlan:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from espalier.config import DEFAULT_MODEL, RunConfig
+from espalier.config import DEFAULT_MODEL, MAX_TOKENS_PER_PACK, RunConfig
 from espalier.errors import DataError
 
 NUM_SHOWN = 5
@@ -126,7 +126,7 @@ class _Heldout:
         attention, _ = choose_attention(model.config, device)
         loss_sum, weight_sum = 0.0, 0.0
         with torch.no_grad():
-            for pack in plan_step(self.rows, max_tokens=4096).packs:
+            for pack in plan_step(self.rows, max_tokens=MAX_TOKENS_PER_PACK).packs:
                 output = tree_loss(model, to_tensors(pack, device), attention=attention)
                 loss_sum, weight_sum = loss_sum + float(output.loss_sum), weight_sum + output.weight_sum
         return Judgement(loss_sum / weight_sum, tuple(answer.text for answer in answers))
