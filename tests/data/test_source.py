@@ -223,3 +223,21 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row == RawRow({"prompt": "1", "completion": "0.5"}, "hub:owner/name:test", 1)
     with pytest.raises(DataError, match="the dataset could not be read: ConnectionError: offline"):
         rows("hub:owner/missing")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('\ufeff{"instruction": "a", "output": "b"}', "a byte order mark (U+FEFF) where a value begins"),
+        ('{"instruction": "a", "output": "b"},', "a comma after the object"),
+        ('// {"instruction": "a", "output": "b"}', "a comment - JSON has none (column 1)"),
+    ],
+)
+def test_lines_of_joined_and_edited_files(line: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n' + line + "\n", encoding="utf-8")
+    good, bad = read_rows([str(file)])
+    assert isinstance(good, RawRow)
+    assert isinstance(bad, BadRow)
+    assert bad.line == 2
+    assert bad.reason.startswith(reason)

@@ -75,6 +75,8 @@ def explain(error: Exception, text: str, *, base: int = 0) -> tuple[str, int]:
     comma = _comma_before_end(text, at)
     if comma is not None and error.msg.startswith(("Expecting", "Illegal trailing comma")):
         return "trailing comma", comma
+    if here == "\ufeff":
+        return "a byte order mark (U+FEFF) where a value begins - files that were joined have one in the middle", at
     if here == "\0":
         return "NUL byte", at
     if here == "'":
@@ -89,6 +91,10 @@ def explain(error: Exception, text: str, *, base: int = 0) -> tuple[str, int]:
     if error.msg.startswith("Invalid control character"):
         name = {"\n": "line break", "\r": "line break", "\t": "tab"}.get(here, f"control character U+{ord(here):04X}")
         return f"raw {name} inside a string", at
+    if error.msg.startswith("Extra data") and here == ",":
+        return "a comma after the object - lines of JSON Lines have none", at
+    if text[at:].startswith(("//", "/*", "#")):
+        return "a comment - JSON has none", at
     if error.msg.startswith("Extra data"):
         return "text after the end of the value", at
     if not text[at:].strip():
