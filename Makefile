@@ -27,10 +27,10 @@ demo: setup
 	$(BIN)/espalier demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not clients"
 
 test-long: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not clients"
 
 lint: setup
 	$(BIN)/ruff check .
