@@ -135,6 +135,9 @@ class LoraTrainer(Trainer):
             why = self.support.reason or "--tree off"
             return f"off ({why}): padded rows, {batch.unique_tokens:,} positions for {batch.logical_tokens:,} tokens"
         shared = "on" + (f" ({self.support.reason})" if self.support.reason else "")
+        dropout = max((float(getattr(c, "lora_dropout", 0.0)) for c in self.model.peft_config.values()), default=0.0)
+        if dropout:
+            shared += f" (dropout {dropout:g}: rows that share a token share its draw, equal in expectation)"
         return (
             f"{shared}; first step: {len(batch.rows)} rows of {batch.logical_tokens:,} tokens in {len(batch.packs)} "
             f"pack{'s' if len(batch.packs) > 1 else ''} of {batch.unique_tokens:,} tokens "
