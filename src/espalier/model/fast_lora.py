@@ -127,9 +127,8 @@ class FastLinear(Linear):
         result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
             x, dropped, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )
-        return result.view(
-            *shape[:-1], -1
-        )  # here: of a view made inside the function, autograd forbids changes in place
+        # Here, not in the function: of a view that a function makes, autograd forbids changes in place.
+        return result.view(*shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
