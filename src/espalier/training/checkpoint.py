@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from espalier.errors import CheckpointError, RunFolderError
@@ -244,9 +245,15 @@ class CheckpointKeeper:
         set_peft_model_state_dict(model, stored)
 
     def load_optimizer(self, trainer: LoraTrainer, checkpoint: Path) -> None:
-        """Optimizer and schedule as they were."""
-        files.load_optimizer(trainer.optimizer, checkpoint)
-        _scheduler(trainer).load_state_dict(read_json(checkpoint / "scheduler.json"))
+        """Optimizer and schedule as they were; where the run is longer now, the next step has its new rate already."""
+        optimizer, scheduler = trainer.optimizer, _scheduler(trainer)
+        assert optimizer is not None, "there is an optimizer once training has begun"
+        files.load_optimizer(optimizer, checkpoint)
+        scheduler.load_state_dict(read_json(checkpoint / "scheduler.json"))
+        if isinstance(scheduler, LambdaLR):  # by its own formula: with an unchanged plan, to the same number
+            parts = zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, base, factor in parts:
+                group["lr"] = base * factor(scheduler.last_epoch)
 
     def load_scaler(self, trainer: LoraTrainer, checkpoint: Path) -> None:
         """The gradient scaler, where float16 has one."""
