@@ -201,3 +201,15 @@ def test_error_text_has_what_where_and_what_to_do() -> None:
     error = EspalierError("what", where="file:3", todo="Do this.", details=["one", "two"])
     assert str(error) == "file:3: what\n  - one\n  - two\n  Do this."
     assert error.exit_code == 2
+
+
+def test_options_page_is_that_of_the_code() -> None:
+    import importlib.util
+
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("options_page", root / "scripts" / "options_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run scripts/options_page.py"
