@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 
 from espalier.encode.encode import Encoded
+from espalier.model.fast_lora import FastLinear, fast_lora, peft_lora
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import base_of, plain_loss, tree_loss
 from espalier.tree.plan import common_prefix, plan_step
@@ -61,7 +62,7 @@ def rows_to_check(rows: Sequence[Encoded], count: int = 3) -> list[Encoded]:
 def self_check(
     model: torch.nn.Module, rows: Sequence[Encoded], pad_id: int, *, attention: str = "reference"
 ) -> SelfCheck:
-    """Loss and gradient of `rows` by the tree and by the plain twin, dropout off in both.
+    """Loss and gradient of `rows` by the tree and by the plain twins: padded rows, PEFT's own forward; no dropout.
 
     Give it few rows: the plain twin pads them and holds full logits. The model's gradients, its training mode and
     the random state are left as they were. Every shared token is shared here, so that the tree is really tested.
@@ -72,6 +73,7 @@ def self_check(
     kept = [parameter.grad for parameter in parameters]
     training = [module for module in model.modules() if module.training]
     device = base_of(model).device
+    is_fast = any(type(module) is FastLinear for module in model.modules())
     try:
         model.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -83,11 +85,14 @@ def self_check(
                 loss_tree += float(output.loss_sum.detach()) / plan.num_supervised
             grads_tree = _gradients(parameters)
             _clear(parameters)
+            peft_lora(model)
             plain = plain_loss(model, rows, pad_id)
             (plain.loss_sum / plain.num_supervised).backward()
             loss_plain = float(plain.loss_sum.detach()) / plain.num_supervised
             grads_plain = _gradients(parameters)
     finally:
+        if is_fast:
+            fast_lora(model)
         for module in training:
             module.training = True
         for parameter, grad in zip(parameters, kept, strict=True):
