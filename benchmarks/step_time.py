@@ -56,7 +56,12 @@ def main() -> None:
         common = ["--model", str(resolve_model(args.model).path), "--data", str(args.data)]
         common += ["--steps", str(args.steps), "--batch", str(args.batch)]
         for peer in args.peers:
-            lines.append(run([args.peer_python, str(args.peer_script), "--peer", peer, *common]))
+            try:
+                lines.append(run([args.peer_python, str(args.peer_script), "--peer", peer, *common]))
+            except subprocess.CalledProcessError as error:
+                print(
+                    json.dumps({"peer": peer, "data": args.data.name, "error": f"exit {error.returncode}"}), flush=True
+                )
         mine = lines[0]
         ratios = {
             line["peer"]: {
