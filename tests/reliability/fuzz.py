@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import json
 import random
 import resource
@@ -24,6 +25,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import zstandard
 
 from espalier.errors import EspalierError
 
@@ -130,12 +133,15 @@ def data_files() -> Target:
     """Every kind of data file, through the reader that training and `check` use."""
     from espalier.data.formats import read_examples
 
-    good = [(p.name, p.read_bytes()) for p in sorted(CASES.glob("A*/*")) if p.suffix in SUFFIXES]
-    seeds = [(name, data) for name, data in good if 0 < len(data) < 1 << 16]
+    cases = [(p.name, p.read_bytes()) for p in sorted(CASES.glob("A*/*")) if p.suffix in SUFFIXES]
+    lines = "".join(json.dumps({"instruction": f"say {n}", "output": f"{n} ü"}) + "\n" for n in range(6)).encode()
+    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
+    seeds = [(name, data) for name, data in cases if 0 < len(data) < 1 << 16]
+    seeds += [("a.jsonl", lines), ("b.json", json.dumps(chat).encode()), ("c.csv", b"prompt,completion\na,b\nc,d\n")]
+    seeds += [("a.jsonl.gz", gzip.compress(lines)), ("a.jsonl.zst", zstandard.compress(lines))]
 
     def read(file: Path) -> None:
-        for _ in read_examples([str(file)]):
-            pass
+        read_examples([str(file)], on_bad_row="skip", notice=lambda text: None)
 
     return seeds, mutate_bytes, read
 

@@ -94,8 +94,8 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            # A template that adds None to a text, or asks for a key that the message lacks.
+        except Exception as error:
+            # A template is a program: it may add None to a text, ask for a key that the message lacks, divide by 0.
             raise TemplateError(f"{type(error).__name__}: {error}") from error
         return str(text)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.errors import ModelError
+from espalier.errors import EspalierError, ModelError
 from espalier.model.embedded import convert_gguf_arguments, quiet_transformers, restore_digit_split
 from espalier.model.hardware import choose_device, choose_dtype
 from espalier.model.locate import ModelPath, ModelRef, first_line, resolve_model, weight_problems
@@ -110,7 +110,7 @@ def check_causal_lm(config: Any, said: str = "the model") -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     known = CAUSAL.get(config.model_type)
-    architectures = list(config.architectures or [])
+    architectures = [str(name) for name in config.architectures or []]
     if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         decoder = getattr(config, "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
         causal = [name for name in architectures if name == known or name.endswith(("ForCausalLM", "LMHeadModel"))]
@@ -233,11 +233,11 @@ def _no_bars_in_logs(gguf: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _clear_errors(ref: ModelRef, what: str) -> Iterator[None]:
     """Turn what the libraries raise for a user's model into one ModelError that keeps their first line."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, NotImplementedError) as error:
+    except EspalierError:
+        raise
+    except Exception as error:  # damaged files end in any exception inside the libraries, bare ones of Rust included
         todo = "Check that the model is whole and that this version of transformers knows it."
         if "trust_remote_code" in str(error):
             todo = "The model brings its own code. If you trust its author, add --trust_remote_code."

@@ -47,20 +47,24 @@ def load_adapter(
     Keys that torch.compile, DataParallel or a second wrap have spoilt are repaired, with a notice; a base with fewer
     embedding rows than the adapter carries is enlarged (the model itself changes). Raises AdapterError where the
     folder is no adapter, tensors are missing, do not fit or are not finite, or the adapter was made on another base.
+    A model without weights (on the device "meta") gets the adapter's tensors only; which base it is stays unchecked.
     """
     from peft import PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 
     path = check_adapter_folder(folder)
     config, tensors = _read_config(path), _read_tensors(path)
-    check_base(path, model, notice)
+    _check_settings(config, tensors, path)
+    empty = model.device.type == "meta"
+    if not empty:
+        check_base(path, model, notice)
     _enlarge_embeddings(model, tensors, path, notice)
     config.inference_mode = not is_trainable
     try:
         with warnings.catch_warnings():
             # PEFT's remarks about transformers' names and tied tables say nothing a user can act on here.
             warnings.simplefilter("ignore")
-            adapted = PeftModelForCausalLM(model, config)
-    except ValueError as error:
+            adapted = PeftModelForCausalLM(model, config, low_cpu_mem_usage=empty)
+    except Exception as error:  # settings of any type end in any exception inside PEFT
         raise AdapterError(
             f"the adapter does not fit this base: {first_line(error)}",
             where=str(path / CONFIG),
@@ -69,7 +73,7 @@ def load_adapter(
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     tensors = _repair_keys(tensors, expected, path, notice)
     _check_tensors(tensors, expected, adapted, path)
-    result: Any = set_peft_model_state_dict(adapted, tensors)
+    result: Any = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=empty)
     assert not result.unexpected_keys, result.unexpected_keys
     if all(not tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
         notice(f"{path}: every lora_B is zero: this adapter changes nothing")
@@ -108,7 +112,14 @@ def check_adapter_folder(folder: str | Path) -> Path:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """What our training wrote beside the adapter (espalier.json); empty for an adapter of another tool."""
     file = Path(folder) / RECORD
-    return _read_json(file) if file.is_file() else {}
+    fields = _read_json(file) if file.is_file() else {}
+    if not isinstance(fields.get("base", {}), dict):
+        raise _damaged_record(folder)
+    return fields
+
+
+def _damaged_record(folder: str | Path) -> AdapterError:
+    return AdapterError("its record of the base is damaged", where=str(Path(folder) / RECORD), todo="Copy it again.")
 
 
 def recorded_base(folder: str | Path) -> str | None:
@@ -121,12 +132,15 @@ def recorded_base(folder: str | Path) -> str | None:
     if run_file.is_file():
         import yaml
 
-        with contextlib.suppress(yaml.YAMLError, OSError, UnicodeDecodeError):
+        with contextlib.suppress(yaml.YAMLError, OSError, ValueError, AttributeError, RecursionError):
             here = (yaml.safe_load(run_file.read_text(encoding="utf-8")) or {}).get("model_path")
             if isinstance(here, str) and Path(here).exists():
                 return here
-    name = read_record(folder).get("base", {}).get("name")
-    return name or _read_json(Path(folder) / CONFIG).get("base_model_name_or_path") or None
+    names = (
+        read_record(folder).get("base", {}).get("name"),
+        _read_json(Path(folder) / CONFIG).get("base_model_name_or_path"),
+    )
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def check_base(folder: str | Path, model: Any, notice: Callable[[str], None] = to_stderr) -> None:
@@ -138,7 +152,11 @@ def check_base(folder: str | Path, model: Any, notice: Callable[[str], None] = t
     if not base.get("fingerprint"):
         notice(f"{folder}: this adapter carries no fingerprint of its base, so whether the base is right is unchecked")
         return
-    difference = fingerprint_difference(base["fingerprint"], base_fingerprint(model))
+    found = base_fingerprint(model)
+    try:
+        difference = fingerprint_difference(base["fingerprint"], found)
+    except (TypeError, AttributeError, OverflowError) as error:  # values of another kind than we write
+        raise _damaged_record(folder) from error
     if difference is not None:
         name = base.get("name")
         raise AdapterError(
@@ -151,7 +169,7 @@ def check_base(folder: str | Path, model: Any, notice: Callable[[str], None] = t
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"cannot be read: {first_line(error)}", where=str(file), todo="Copy it again.") from error
     if not isinstance(fields, dict):
         raise AdapterError("holds no JSON object", where=str(file), todo="Copy it again.")
@@ -170,12 +188,32 @@ def _read_config(path: Path) -> Any:
         )
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # settings of any type end in any exception inside PEFT
         raise AdapterError(
             f"its settings cannot be read: {first_line(error)}", where=str(path / CONFIG), todo="Update peft."
         ) from error
     assert isinstance(config, LoraConfig)
     return config
+
+
+def _check_settings(config: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse settings that would fill the memory, or import modules, before a tensor is compared."""
+    for name in ("megatron_config", "layer_replication"):
+        if getattr(config, name, None):
+            raise AdapterError(
+                f"its settings ask for {name}, which is not supported here",
+                where=str(path / CONFIG),
+                todo="Merge the adapter with the tool that made it.",
+            )
+    patterns = config.rank_pattern if isinstance(config.rank_pattern, dict) else {}
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for rank in (config.r, *patterns.values()):
+        if not isinstance(rank, int) or not 1 <= rank <= max(largest, 256):
+            raise AdapterError(
+                f"its settings ask for rank {str(rank)[:40]}, and its tensors have {largest} rows at most",
+                where=str(path / CONFIG),
+                todo="Copy the adapter again, or take an earlier checkpoint.",
+            )
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

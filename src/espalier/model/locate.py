@@ -10,7 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from espalier.errors import ModelError
@@ -150,11 +150,15 @@ def weight_problems(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({PurePath(name) for name in weight_map.values()})
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             return [f"{index.name}: not a valid index"]
+        outside = [str(name) for name in files if name.is_absolute() or ".." in name.parts]
+        if outside:
+            return [f"{index.name}: names {outside[0]!r}, which is not in the folder"]
     elif (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
+        files = [PurePath("model.safetensors")]
     elif (folder / "pytorch_model.bin").is_file() or (folder / "pytorch_model.bin.index.json").is_file():
         return []  # read by torch.load with weights_only, whose own message is clear
     else:
