@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,8 +24,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from espalier.errors import CheckpointError, RunFolderError, TrainingError, UsageError
 from espalier.training.checkpoint import CheckpointKeeper, random_state, run_of
-from espalier.training.dataset import as_encoded
 from espalier.training.faults import Interrupted, NonFinite
+from espalier.training.inputs import as_encoded, model_and_tokenizer, pad_id
+from espalier.training.log_window import LogWindow
 from espalier.training.step import StepBatch, StepCollator, StepLoader, StepOptions, StepSampler, order_by_prefix
 from espalier.tree.attention import choose_attention
 from espalier.tree.collate import to_tensors
@@ -71,7 +72,7 @@ class LoraTrainer(Trainer):
     ):
         from espalier.model.fast_lora import fast_lora, peft_lora
 
-        peft_model, processing_class = _model_and_tokenizer(model, processing_class, peft_config)
+        peft_model, processing_class = model_and_tokenizer(model, processing_class, peft_config)
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="runs/trainer")
         self.options = options or StepOptions()
         self.lora_counts = fast_lora(peft_model) if self.options.lora_forward == "fast" else peft_lora(peft_model)
@@ -96,7 +97,7 @@ class LoraTrainer(Trainer):
         else:
             eval_dataset = encode(eval_dataset)
         self._num_parameters = sum(parameter.numel() for parameter in peft_model.parameters())
-        self.pad_id = _pad_id(processing_class, peft_model)
+        self.pad_id = pad_id(processing_class, peft_model)
         support = tree_support(peft_model.config)
         if support.mode == "padded" and self.options.tree:
             self.options = replace(self.options, tree=False)
@@ -111,7 +112,7 @@ class LoraTrainer(Trainer):
             self.options.on_nonfinite == "skip", self.options.max_nonfinite_steps, lambda text: self.notice(text)
         )
         self._checked = False
-        self._window = _Window()
+        self._window = LogWindow()
         self._random_at_step: tuple[int, dict[str, Any]] | None = None  # (steps done, state before the next one)
         self._step_has_loss = True
         super().__init__(
@@ -316,7 +317,7 @@ class LoraTrainer(Trainer):
             logs.update(self._window.report())
             if self._window.lost:  # steps without a loss are left out of the mean, never counted as 0
                 self._window.mean_of_the_rest(logs)
-            self._window = _Window()
+            self._window = LogWindow()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -378,7 +379,7 @@ class LoraTrainer(Trainer):
         self._tr_loss.fill_(progress["loss_sum"])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
-        self._window = _Window(**progress["window"])
+        self._window = LogWindow(**progress["window"])
         self.nonfinite.in_row = progress["nonfinite"]["in_row"]
         self.nonfinite.total = progress["nonfinite"]["total"]
 
@@ -420,92 +421,5 @@ class LoraTrainer(Trainer):
             self.keeper.load_random(self, Path(checkpoint))
 
 
-@dataclass
-class _Window:
-    """Counts since the last log line. lost: steps without a finite loss; skipped: those and bad gradients."""
-
-    supervised: int = 0
-    logical: int = 0
-    unique: int = 0
-    seconds: float = 0.0
-    correct: Any = 0  # a tensor, so that adding to it does not wait for the device
-    steps: int = 0
-    lost: int = 0
-    skipped: int = 0
-
-    def add(self, batch: StepBatch, correct: torch.Tensor, seconds: float) -> None:
-        self.supervised += batch.num_supervised
-        self.logical += batch.logical_tokens
-        self.unique += batch.unique_tokens
-        self.seconds += seconds
-        self.correct = self.correct + correct
-        self.steps += 1
-
-    def add_lost(self) -> None:
-        self.steps += 1
-        self.lost += 1
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "correct": float(self.correct)}
-
-    def mean_of_the_rest(self, logs: dict[str, float]) -> None:
-        """Make the mean loss that of the steps which have one; take it away where none has."""
-        if self.steps > self.lost:
-            logs["loss"] *= self.steps / (self.steps - self.lost)
-        else:
-            del logs["loss"]
-
-    def report(self) -> dict[str, float]:
-        counted: dict[str, float] = {"nonfinite_steps": self.skipped} if self.skipped else {}
-        if not self.supervised:
-            return counted
-        return {
-            "token_accuracy": float(self.correct) / self.supervised,
-            "supervised_tokens": self.supervised,
-            "logical_tokens": self.logical,
-            "unique_tokens": self.unique,
-            "supervised_tokens_per_second": round(self.supervised / max(self.seconds, 1e-9), 2),
-            **counted,
-        }
-
-
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _model_and_tokenizer(model: Any, tokenizer: Any, peft_config: Any) -> tuple[Any, Any]:
-    from peft import PeftModel
-
-    from espalier.model.load import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
-    from espalier.model.lora import add_adapter
-
-    if isinstance(model, (str, Path)):
-        ref = resolve_model(model)
-        device = choose_device()[0]
-        model = load_model(ref, device=device, dtype=choose_dtype(device)[0])
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(ref)
-    if model is None:
-        raise UsageError("LoraTrainer needs a model", todo="Pass model=, a model or its name.")
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise UsageError(
-                "the model has an adapter already, and peft_config would wrap it again",
-                todo="Leave peft_config out, or pass the base model.",
-            )
-        return model, tokenizer
-    if peft_config is None:
-        raise UsageError("LoraTrainer trains an adapter", todo="Pass peft_config=LoraConfig(...), or a PeftModel.")
-    return add_adapter(model, peft_config), tokenizer
-
-
-def _pad_id(tokenizer: Any, model: Any) -> int:
-    """Any id will do: padding is masked by position, never by its id (case B02)."""
-    for owner, names in (
-        (tokenizer, ("pad_token_id", "eos_token_id")),
-        (model.config, ("pad_token_id", "eos_token_id")),
-    ):
-        for name in names:
-            value = getattr(owner, name, None)
-            if isinstance(value, int) and value >= 0:
-                return value
-    return 0

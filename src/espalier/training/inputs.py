@@ -1,8 +1,9 @@
-"""Rows in memory, as `LoraTrainer` is given them, to an EncodedDataset."""
+"""Model, tokenizer and rows as `LoraTrainer` is given them, made ready."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,3 +81,45 @@ def _encode(rows: Any, tokenizer: Any, model: Any, template: str | None, max_len
     if bad:
         raise bad_rows_error(bad, read)
     return encoded
+
+
+def model_and_tokenizer(model: Any, tokenizer: Any, peft_config: Any) -> tuple[Any, Any]:
+    """(model with an adapter, its tokenizer). model: a model, a PeftModel, or a name for `resolve_model`.
+
+    Raises UsageError where there is no model, or none or two adapters.
+    """
+    from peft import PeftModel
+
+    from espalier.model.load import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+    from espalier.model.lora import add_adapter
+
+    if isinstance(model, (str, Path)):
+        ref = resolve_model(model)
+        device = choose_device()[0]
+        model = load_model(ref, device=device, dtype=choose_dtype(device)[0])
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(ref)
+    if model is None:
+        raise UsageError("LoraTrainer needs a model", todo="Pass model=, a model or its name.")
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise UsageError(
+                "the model has an adapter already, and peft_config would wrap it again",
+                todo="Leave peft_config out, or pass the base model.",
+            )
+        return model, tokenizer
+    if peft_config is None:
+        raise UsageError("LoraTrainer trains an adapter", todo="Pass peft_config=LoraConfig(...), or a PeftModel.")
+    return add_adapter(model, peft_config), tokenizer
+
+
+def pad_id(tokenizer: Any, model: Any) -> int:
+    """Any id will do: padding is masked by position, never by its id (case B02)."""
+    for owner, names in (
+        (tokenizer, ("pad_token_id", "eos_token_id")),
+        (model.config, ("pad_token_id", "eos_token_id")),
+    ):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value >= 0:
+                return value
+    return 0
