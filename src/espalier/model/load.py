@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "own_code",
     "resolve_model",
     "sane_generation_config",
 ]
@@ -238,7 +240,41 @@ def _clear_errors(ref: ModelRef, what: str) -> Iterator[None]:
     except EspalierError:
         raise
     except Exception as error:  # damaged files end in any exception inside the libraries, bare ones of Rust included
-        todo = "Check that the model is whole and that this version of transformers knows it."
         if "trust_remote_code" in str(error):
-            todo = "The model brings its own code. If you trust its author, add --trust_remote_code."
+            raise ModelError(
+                f"{what}: the model brings its own code, which is not run unless you say so",
+                where=_said(ref),
+                details=own_code(ref),
+                todo="Read it. If you trust its author, add --trust_remote_code.",
+            ) from error
+        todo = "Check that the model is whole and that this version of transformers knows it."
         raise ModelError(f"{what}: {first_line(error)}", where=_said(ref), todo=todo) from error
+
+
+def own_code(ref: ModelRef) -> list[str]:
+    """What --trust_remote_code would run, one line a class: 'AutoConfig runs code.py (Config), 812 bytes'.
+
+    From the `auto_map` of config.json and tokenizer_config.json, in the folder or in the Hugging Face cache.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    where, _ = _source(ref)
+    lines = []
+    for name in ("config.json", "tokenizer_config.json"):
+        file = Path(where) / name if Path(where).is_dir() else try_to_load_from_cache(where, name)
+        try:
+            auto_map = json.loads(Path(str(file)).read_text(encoding="utf-8"))["auto_map"]
+            targets = [(kind, target) for kind, value in auto_map.items() for target in _texts(value)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        for kind, target in targets:
+            origin, _, path = target.rpartition("--")
+            module, _, cls = path.rpartition(".")
+            code = Path(where) / f"{module}.py"
+            size = f", {code.stat().st_size:,} bytes" if not origin and code.is_file() else ""
+            lines.append(f"{kind} runs {module}.py ({cls}){f' of {origin}' if origin else ''}{size}")
+    return list(dict.fromkeys(lines))
+
+
+def _texts(value: Any) -> list[str]:
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]

@@ -18,7 +18,7 @@ from espalier.encode.store import EncodedDataset, EncodeResult, encode_files, ov
 from espalier.encode.template import ChatTemplate, input_joiner, resolve_template
 from espalier.errors import DataError, UsageError
 from espalier.model.embedded import cache_root
-from espalier.model.load import ModelPath, check_causal_lm, load_config, load_tokenizer, resolve_model
+from espalier.model.load import ModelPath, check_causal_lm, load_config, load_tokenizer, own_code, resolve_model
 from espalier.model.lora import check_targets, empty_model, num_embedding_rows
 from espalier.training.arguments import refused_options
 
@@ -59,6 +59,8 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
         raise UsageError("no rows to train on", where="--dataset_path", todo="Give one or more data files.")
     ref = resolve_model(config.model_path)
     say("model", ref.said)
+    for line in own_code(ref) if config.trust_remote_code else ():
+        say("", f"code that comes with the model is run: {line}")
     model_config = load_config(ref, config.trust_remote_code)
     check_causal_lm(model_config, ref.said)
     skeleton = empty_model(model_config, trust_remote_code=config.trust_remote_code)

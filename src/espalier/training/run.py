@@ -254,6 +254,14 @@ def _with_adapter(base: Any, prepared: Prepared, say: Any) -> Any:
         # A name that others understand, never a path of this machine (case D05).
         peft_config.base_model_name_or_path = prepared.model.name
     say("adapter", str(describe_adapter(model)))
+    tied = sorted({"lm_head", "embed_tokens", "wte", "embed_out"} & set(config.modules_to_save))
+    if tied and getattr(base.config, "tie_word_embeddings", False):
+        other = "the embeddings" if "lm_head" in tied else "the head"
+        say(
+            "",
+            f"warning: {tied[0]} and {other} are one tensor in this base: the trained copy is saved apart, and a "
+            "merged model has to be untied",
+        )
     return model
 
 
