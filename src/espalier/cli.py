@@ -228,6 +228,23 @@ def demo_command(
     run_demo(output_dir, resume_from_checkpoint=resume, tree=tree)
 
 
+@app.command("merge")
+def merge_command(
+    adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)] = ...,  # type: ignore[assignment]
+    output_dir: Annotated[str, typer.Option("--output_dir", help="New folder.", show_default=False)] = ...,  # type: ignore[assignment]
+    model_path: ModelOption = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="Of the weights written; else the base's own."),
+    ] = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write base + adapter as one model, read it back, and compare it with base + adapter."""
+    from espalier.use.merge import run_merge
+
+    raise typer.Exit(run_merge(adapter, output_dir, model_path, dtype, trust_remote_code))
+
+
 def _format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:
     from espalier.data.formats import FormatOptions
     from espalier.encode.template import input_joiner

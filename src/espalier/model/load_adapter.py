@@ -73,14 +73,31 @@ def load_adapter(
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     tensors = _repair_keys(tensors, expected, path, notice)
     _check_tensors(tensors, expected, adapted, path)
-    result: Any = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=empty)
-    assert not result.unexpected_keys, result.unexpected_keys
+    if empty:
+        _fill_empty(adapted, tensors)
+    else:
+        result: Any = set_peft_model_state_dict(adapted, tensors)
+        assert not result.unexpected_keys, result.unexpected_keys
     if all(not tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
         notice(f"{path}: every lora_B is zero: this adapter changes nothing")
     num_trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert (num_trainable > 0) == is_trainable, num_trainable
     adapted.train(is_trainable)
     return adapted
+
+
+def _fill_empty(adapted: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """The adapter's tensors, float32 on the CPU, in place of empty ones: PEFT's loader would move them to the base's
+    device, which is "meta"."""
+    from peft import get_peft_model_state_dict
+
+    live = adapted.state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in live.items()}
+    wanted = get_peft_model_state_dict(adapted, state_dict=live, save_embedding_layers=False)
+    places = {key: names[id(tensor)] for key, tensor in wanted.items()}
+    adapted.load_state_dict(
+        {places.get(key, key): tensor.float() for key, tensor in tensors.items()}, strict=False, assign=True
+    )
 
 
 def check_adapter_folder(folder: str | Path) -> Path:
