@@ -66,7 +66,8 @@ def run_demo(output_dir: str | None = None, *, resume_from_checkpoint: str | Non
         after = heldout.judge(folder)
     _print_result(console, heldout, before, after)
     minutes = (time.perf_counter() - started) / 60
-    console.print(f"\n{minutes:.1f} minutes in all. Ask it yourself: espalier chat --adapter {folder}", soft_wrap=True)
+    console.print(f"\n{minutes:.1f} minutes in all. Ask it yourself, the policy and a ticket a prompt:", soft_wrap=True)
+    console.print(f"espalier chat --adapter {folder} --prompts_file {data / 'heldout.jsonl'}", soft_wrap=True)
 
 
 def example_folder() -> Path:
