@@ -106,9 +106,9 @@ def _convert_one(value: Any, type_: Any) -> Any:
             raise ValueError("a number" if type_ is float else "a whole number")
         try:
             number = float(value)  # YAML 1.1 reads 1e-4 as a text
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError("a number" if type_ is float else "a whole number") from None
-        if type_ is int and number != int(number):
+        if type_ is int and not number.is_integer():
             raise ValueError("a whole number")
         return type_(number)
     if type_ is str:

@@ -93,7 +93,7 @@ def test_an_index_cannot_name_files_elsewhere(base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"r": 10**9}, "its settings ask for rank 1000000000, and its tensors have 64 rows at most"),
+        ({"r": 10**9}, "its settings ask for rank 1000000000, and its tensors have 32 rows at most"),
         ({"rank_pattern": {"q_proj": 10**9}}, "its settings ask for rank 1000000000"),
         ({"layer_replication": [[0, 10**9]]}, "its settings ask for layer_replication"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "its settings ask for megatron_config"),

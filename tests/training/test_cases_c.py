@@ -152,10 +152,15 @@ def test_c04_a_metric_that_does_not_exist_is_found_out_before_step_1(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_c06_the_adapter_is_float32_whatever_the_base(dtype: torch.dtype, tiny_llama_dir: Path) -> None:
-    model = adapted(tiny_llama_dir, dtype=dtype, modules_to_save=["lm_head"])
+    model = adapted(tiny_llama_dir, dtype=dtype)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert trainable
     assert {p.dtype for p in trainable} == {torch.float32}
+
+
+def test_c06_modules_trained_in_full_need_a_float32_base(tiny_llama_dir: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="modules that are trained in full need a float32 base"):
+        run(tiny_llama_dir, rows, tmp_path / "out", fp32=False, bf16=True, max_steps=1, modules_to_save=["lm_head"])
 
 
 def test_c07_a_row_without_a_label_never_reaches_the_model(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def test_c08_recomputation_gives_every_lora_b_its_gradient(tiny_llama_dir: Path,
         model = adapted(tiny_llama_dir)
         trainer = trainer_for(model, data, tmp_path)
         if recompute:
-            model.gradient_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         trainer.training_step(model, next(iter(trainer.get_train_dataloader())))
         gradients = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
         assert len(gradients) == 4
@@ -375,4 +380,4 @@ def test_c27_what_is_left_out_is_counted_by_reason(cases: Path, tiny_llama_dir: 
     assert any(":2: key 'instrution': did you mean 'instruction'?" in line for line in error.value.details)
     _, said = run(tiny_llama_dir, Path("unused"), tmp_path / "out", dataset_path=files, max_steps=1, on_bad_row="skip")
     assert "13 read, 4 kept, 9 left out" in said
-    assert "no answer ('output' is null)" in said
+    assert f"{files[1]}:3, 4, 5, 8: no answer" in said

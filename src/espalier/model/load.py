@@ -112,7 +112,8 @@ def check_causal_lm(config: Any, said: str = "the model") -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     known = CAUSAL.get(config.model_type)
-    architectures = [str(name) for name in config.architectures or []]
+    named = config.architectures
+    architectures = [str(name) for name in named] if isinstance(named, (list, tuple)) else []
     if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         decoder = getattr(config, "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
         causal = [name for name in architectures if name == known or name.endswith(("ForCausalLM", "LMHeadModel"))]

@@ -169,7 +169,7 @@ def weight_problems(folder: Path) -> list[str]:
 def _safetensors_problem(file: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
-    if not file.is_file():
+    if not os.path.isfile(file):  # a name that no file system takes is missing too
         return "missing"
     with open(file, "rb") as opened:
         if opened.read(23) == b"version https://git-lfs":

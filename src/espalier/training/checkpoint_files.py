@@ -73,7 +73,7 @@ def load_random(folder: Path) -> dict[str, Any]:
         values = read_json(folder / "random.json")
         state = {"python": values["python"], "numpy": {**values["numpy"], "key": tensors["numpy.key"].numpy()}}
         state["torch"] = tensors["torch"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"its random states cannot be read: {error}", where=str(folder)) from error
     cuda = [tensors[name] for name in sorted(tensors, key=lambda n: (len(n), n)) if name.startswith("cuda.")]
     return state | ({"cuda": cuda} if cuda else {})
@@ -129,7 +129,7 @@ def run_of(checkpoint: Path) -> str | None:
     """The id of the run that wrote a checkpoint; None where its manifest does not say."""
     try:
         manifest = read_json(checkpoint / MANIFEST)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     run = manifest.get("run") if isinstance(manifest, dict) else None
     return run if isinstance(run, str) else None

@@ -37,12 +37,11 @@ def read_back(model: nn.Module, folder: Path) -> None:
             details=bad[:5],
             todo="Go back to the last checkpoint, and try a lower --learning_rate or --fp32.",
         )
-    problems = []
+    problems = [f"{name} has a wrapper's prefix" for name in stored if any(m in name for m in WRAPPER_MARKS)]
     if not stored:
         problems.append(f"it holds 0 of {len(live)} tensors")
     problems += [f"{name} is missing" for name in live if name not in stored]
     problems += [f"{name} belongs to nothing" for name in stored if name not in live]
-    problems += [f"{name} has a wrapper's prefix" for name in stored if any(m in name for m in WRAPPER_MARKS)]
     for name in stored.keys() & live.keys():
         if not torch.equal(stored[name], live[name].detach().cpu()):
             problems.append(f"{name} differs from the trained tensor")

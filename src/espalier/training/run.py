@@ -196,6 +196,12 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
     dtype, dtype_reason = choose_dtype(device, requested)
     say("device", f"{device}: {device_reason}" + (f", {torch.get_num_threads()} threads" if device == "cpu" else ""))
     say("precision", f"base {str(dtype).removeprefix('torch.')}: {dtype_reason}; adapter float32")
+    if config.modules_to_save and dtype != torch.float32:
+        raise UsageError(
+            "modules that are trained in full need a float32 base",
+            where="--modules_to_save",
+            todo="Add --fp32, or leave it out.",
+        )
     set_seed(config.seed)
     base = load_model(prepared.model, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code)
     model = _with_adapter(base, prepared, say)
@@ -236,20 +242,20 @@ def _with_adapter(base: Any, prepared: Prepared, say: Any) -> Any:
         model = load_adapter(base, config.checkpoint, is_trainable=True)
         say("adapter", f"goes on from {config.checkpoint}")
     else:
-        model = add_adapter(
-            base,
-            lora_config(
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
-                target_modules=config.target_modules,
-                layers_to_transform=config.layers_to_transform,
-                use_rslora=config.use_rslora,
-                use_dora=config.use_dora,
-                init_lora_weights=config.init_lora_weights,
-                modules_to_save=config.modules_to_save,
-            ),
+        settings = lora_config(
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.target_modules,
+            layers_to_transform=config.layers_to_transform,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights=config.init_lora_weights,
+            modules_to_save=config.modules_to_save,
         )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # said below in our words
+            model = add_adapter(base, settings)
     for peft_config in model.peft_config.values():
         # A name that others understand, never a path of this machine (case D05).
         peft_config.base_model_name_or_path = prepared.model.name
