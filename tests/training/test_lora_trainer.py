@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,19 @@ def test_rows_that_are_tokens_already(tmp_path: Path, tiny_llama_dir: Path) -> N
     assert made.train_dataset[0].labels.tolist() == [-100, -100, 7]
     with pytest.raises(DataError, match="no token of this row has a label"):
         trainer(tiny_llama_dir, tmp_path, [{"input_ids": [5, 6], "labels": [-100, -100]}])
+
+
+def test_rows_left_out_are_listed_in_the_runs_folder(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """--on_bad_row skip, on the rows of case A08."""
+    from small_runs import run
+
+    data = Path(__file__).parent.parent / "cases" / "A08_null_empty" / "train.jsonl"
+    _, said = run(tiny_llama_dir, data, tmp_path / "out", max_steps=1, on_bad_row="skip")
+    assert "8 read, 3 kept, 5 left out" in said
+    assert "the rows left out are listed in left_out.jsonl" in said
+    listed = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in listed] == [3, 4, 5, 7, 8]
+    assert all(row["reason"] and row["text"].startswith("{") and row["file"] == str(data) for row in listed)
+    with pytest.raises(DataError, match="A08_null_empty"):
+        run(tiny_llama_dir, data, tmp_path / "strict", max_steps=1)
+    assert not (tmp_path / "strict").exists()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.config import RunConfig
 from espalier.data.formats import FormatOptions, bad_rows_error, group_bad_rows
+from espalier.data.rows import BadRow
 from espalier.encode.encode import TOO_LONG, Encoder
 from espalier.encode.length import length_limit
 from espalier.encode.stops import check_vocabulary, generation_stop_ids
@@ -25,7 +26,7 @@ from espalier.training.arguments import refused_options
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-Say = Callable[[str, str], None]  # (what it is about, what was decided and why)
+    from espalier.training.report import Header
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Prepared:
     train_rows: EncodedDataset
     eval_rows: EncodedDataset | None
     result: EncodeResult
+    left_out: tuple[BadRow, ...]
     generation: GenerationConfig
     stop_ids: list[int]
     max_steps: int
@@ -48,7 +50,7 @@ class Prepared:
     data_files: tuple[dict[str, Any], ...]
 
 
-def prepare(config: RunConfig, say: Say) -> Prepared:
+def prepare(config: RunConfig, say: Header) -> Prepared:
     """Settle a run; every decision is told through `say`. Raises EspalierError for whatever cannot be used."""
     from espalier.model.load import sane_generation_config
 
@@ -81,10 +83,12 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
     result = encode_rows(config, config.dataset_path, encoder, say)
     say_rows("rows", result, limit_reason, say)
     train_rows, eval_rows = result.dataset, None
+    left_out = list(result.bad)
     if config.eval_dataset_path:
         eval_result = encode_rows(config, config.eval_dataset_path, encoder, say)
         say_rows("held out", eval_result, limit_reason, say)
         eval_rows = eval_result.dataset
+        left_out += eval_result.bad
     elif config.eval_fraction and len(train_rows):
         train_rows, eval_rows = split_heldout(train_rows, config.eval_fraction, config.seed)
         say(
@@ -111,6 +115,7 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
         train_rows=train_rows,
         eval_rows=eval_rows,
         result=result,
+        left_out=tuple(left_out),
         generation=generation,
         stop_ids=stop_ids,
         max_steps=count_steps(config, len(train_rows), say),
@@ -129,16 +134,18 @@ def format_options(config: RunConfig) -> FormatOptions:
     )
 
 
-def encode_rows(config: RunConfig, files: list[str], encoder: Encoder, say: Say) -> EncodeResult:
+def encode_rows(config: RunConfig, files: list[str], encoder: Encoder, say: Header) -> EncodeResult:
     """The rows of `files` as tokens. Raises DataError that lists all bad rows, unless they are to be skipped."""
-    result = encode_files(
-        files,
-        encoder,
-        format_options(config),
-        num_workers=config.num_encode_workers,
-        cache_dir=cache_root() / "rows",
-        notice=_noted(say),
-    )
+    with say.counting("rows encoded") as progress:
+        result = encode_files(
+            files,
+            encoder,
+            format_options(config),
+            num_workers=config.num_encode_workers,
+            cache_dir=cache_root() / "rows",
+            progress=progress,
+            notice=_noted(say),
+        )
     too_long = [row for row in result.bad if row.reason.startswith(TOO_LONG)]
     others = [row for row in result.bad if not row.reason.startswith(TOO_LONG)]
     stopping = (others if config.on_bad_row == "error" else []) + (too_long if config.overlength == "error" else [])
@@ -147,7 +154,7 @@ def encode_rows(config: RunConfig, files: list[str], encoder: Encoder, say: Say)
     return result
 
 
-def say_rows(topic: str, result: EncodeResult, limit_reason: str, say: Say) -> None:
+def say_rows(topic: str, result: EncodeResult, limit_reason: str, say: Header) -> None:
     """Counts, limit, what was left out with its lines, and the longest rows: all before step 1."""
     counts, lengths = result.counts, result.lengths
     longest = f"; longest {int(lengths.max()):,} tokens" if len(lengths) else ""
@@ -159,7 +166,7 @@ def say_rows(topic: str, result: EncodeResult, limit_reason: str, say: Say) -> N
         say("", line)
 
 
-def count_steps(config: RunConfig, num_rows: int, say: Say) -> int:
+def count_steps(config: RunConfig, num_rows: int, say: Header) -> int:
     """Optimizer steps of the run: by epochs, by --max_steps, or the smaller of both (case C22)."""
     per_epoch = math.ceil(num_rows / config.rows_per_step)
     by_epochs = math.ceil((config.num_train_epochs or 3.0) * per_epoch)
@@ -204,5 +211,5 @@ def describe_file(name: str) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _noted(say: Say) -> Callable[[str], None]:
+def _noted(say: Header) -> Callable[[str], None]:
     return lambda text: say("", text)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ class Header:
 
     def __call__(self, topic: str, text: str) -> None:
         self.console.print(Text(f"  {topic:<10} ", style="bold"), Text(text), sep="", soft_wrap=True)
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int], None]]:
+        """A live count on a terminal while `what` goes on, nothing elsewhere; gives the function that is told it."""
+        if not self.console.is_terminal:
+            yield lambda count: None
+            return
+        with self.console.status(what) as status:
+            yield lambda count: status.update(f"{what}: {count:,}")
 
 
 class RunReporter(TrainerCallback):

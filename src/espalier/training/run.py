@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.yaml"
 RECORD = "espalier.json"
+LEFT_OUT = "left_out.jsonl"  # the rows that are not trained, each with file, line, reason and its text
 LOCK = ".lock"
 
 
@@ -152,7 +154,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunRes
         checkpoint = resume_point(trainer, config.resume_from_checkpoint, folder, made_of, say)
     trainer.keeper.sweep()
     write_companions(prepared, trainer, folder, made_of)
-    say("output", str(folder))
+    say("output", str(folder) + (f"; the rows left out are listed in {LEFT_OUT}" if prepared.left_out else ""))
     resumed_at = stored_state(checkpoint).global_step if checkpoint else 0 if config.resume_from_checkpoint else None
     reporter = RunReporter(folder, console, resumed_at=resumed_at)
     trainer.add_callback(reporter)
@@ -174,7 +176,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunRes
     except BaseException:
         reporter.close()
         if not config.resume_from_checkpoint and trainer.state.global_step == 0:
-            for name in (*trainer.keeper.companions, METRICS):
+            for name in (*trainer.keeper.companions, LEFT_OUT, METRICS):
                 (folder / name).unlink(missing_ok=True)
         raise
     return _finish(prepared, trainer, folder, console, time.perf_counter() - started)
@@ -311,6 +313,10 @@ def write_companions(prepared: Prepared, trainer: LoraTrainer, folder: Path, mad
     try:
         replace_text(folder / RUN_FILE, prepared.config.to_yaml())
         replace_text(folder / RECORD, json.dumps(made_of, ensure_ascii=False, indent=1) + "\n")
+        if prepared.left_out:
+            rows = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in prepared.left_out)
+            # A text may hold half a character, which UTF-8 cannot write.
+            replace_text(folder / LEFT_OUT, "".join(rows).encode("utf-8", "backslashreplace").decode("utf-8"))
         with tempfile.TemporaryDirectory(prefix=".companions-", suffix=".partial", dir=folder) as beside:
             prepared.tokenizer.save_pretrained(beside)
             prepared.generation.save_pretrained(beside)
@@ -333,7 +339,7 @@ def _say_stopped(trainer: LoraTrainer, folder: Path, console: Console) -> None:
         console.print(f"stopped after step {trainer.state.global_step}; warning: {error}", soft_wrap=True, markup=False)
         return
     if saved is None:
-        for name in trainer.keeper.companions:
+        for name in (*trainer.keeper.companions, LEFT_OUT):
             (folder / name).unlink(missing_ok=True)
         console.print("stopped before the first step was finished: nothing to save", soft_wrap=True)
         return
