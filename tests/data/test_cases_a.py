@@ -12,9 +12,9 @@ import pytest
 
 from espalier.data.check import check_files, exit_code
 from espalier.data.formats import Example, FormatOptions, iter_examples, read_examples
+from espalier.data.keys import row_text
 from espalier.data.read import BadRow
 from espalier.data.report import print_report, safe_console
-from espalier.data.split import is_heldout, prompt_text, row_text
 from espalier.errors import DataError
 
 
@@ -271,15 +271,25 @@ def test_a20_duplicates(cases: Path) -> None:
     assert exit_code(report, strict=True) == 1
 
 
-def test_a20_split_by_content(cases: Path) -> None:
-    examples = read_examples(str(cases / "A20_duplicates/train.jsonl"))
+def test_a20_split_by_content(cases: Path, shared: Path) -> None:
+    """No prompt on both sides, the same split on every run; four distinct rows stay four."""
+    from transformers import AutoTokenizer
+
+    from espalier.encode.encode import Encoder
+    from espalier.encode.store import encode_files, split_heldout
+    from espalier.encode.template import resolve_template
+
+    file = str(cases / "A20_duplicates/train.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tok-bos")
+    dataset = encode_files([file], Encoder(tokenizer, resolve_template(tokenizer)), num_workers=0).dataset
     for seed in range(20):
-        sides = [is_heldout(example, 0.5, seed) for example in examples]
-        heldout = {prompt_text(e) for e, side in zip(examples, sides, strict=True) if side}
-        trained = {prompt_text(e) for e, side in zip(examples, sides, strict=True) if not side}
-        assert not heldout & trained
-        assert sides[::-1] == [is_heldout(example, 0.5, seed) for example in examples[::-1]]
-    assert len({row_text(example) for example in examples}) == 4
+        train, heldout = split_heldout(dataset, 0.3, seed)
+        assert len(train) + len(heldout) == 10
+        assert len(heldout) > 0
+        assert not set(train.prompt_keys.tolist()) & set(heldout.prompt_keys.tolist())
+        again = split_heldout(dataset, 0.3, seed)[1]
+        assert [row.line for row in again] == [row.line for row in heldout]
+    assert len({row_text(example) for example in read_examples(file)}) == 4
 
 
 def test_a21_type_drift(cases: Path) -> None:

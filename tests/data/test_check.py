@@ -10,10 +10,10 @@ import pytest
 
 from espalier.data.check import CheckReport, check_files, exit_code
 from espalier.data.formats import FormatOptions
+from espalier.data.keys import key, prompt_text
 from espalier.data.report import print_report, safe_console, visible
 from espalier.data.rows import Example
-from espalier.data.split import is_heldout, key, prompt_text
-from espalier.errors import DataError, UsageError
+from espalier.errors import DataError
 
 
 def write(path: Path, *rows: dict[str, object] | str) -> str:
@@ -171,32 +171,6 @@ def test_printed_report(tmp_path: Path) -> None:
     assert "smallest 1, median 5, largest 9" in shown
     assert "\x1b" not in shown
     assert visible("a\x1b\n\u202e字") == "a\\x1b\\n\\u202e字"
-
-
-def test_split_is_by_prompt_and_seed() -> None:
-    examples = [
-        Example(({"role": "user", "content": f"q{i % 500}"}, {"role": "assistant", "content": str(i)}), (False, True))
-        for i in range(2000)
-    ]
-    heldout = [example for example in examples if is_heldout(example, 0.2, 1)]
-    train = [example for example in examples if not is_heldout(example, 0.2, 1)]
-    assert not {prompt_text(e) for e in train} & {prompt_text(e) for e in heldout}
-    assert 0.12 < len(heldout) / 2000 < 0.28
-    assert heldout != [example for example in examples if is_heldout(example, 0.2, 2)]
-    # Fixed for ever: a run that is resumed elsewhere must hold out the same rows.
-    assert [is_heldout(example, 0.5, 0) for example in examples[:8]] == [
-        False,
-        True,
-        False,
-        True,
-        True,
-        True,
-        False,
-        True,
-    ]
-    for fraction in (0, 1, -0.1, 1.5):
-        with pytest.raises(UsageError):
-            is_heldout(examples[0], fraction)
 
 
 def test_keys_do_not_mix_texts_up() -> None:

@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from espalier.data.contents import Contents
 from espalier.data.formats import Example, FormatOptions, check_options, iter_pairs
+from espalier.data.keys import key, prompt_text, row_text
 from espalier.data.output import LinesFile, kept_line, reject_line
 from espalier.data.read import read_rows
 from espalier.data.rows import MAX_RAW_CHARS, BadRow, RawRow
 from espalier.data.source import expand
-from espalier.data.split import key, prompt_text, row_text
 from espalier.errors import DataError
 
 _BATCH_ROWS = 512

@@ -1,7 +1,6 @@
-"""Keys of a row's prompt and of the whole row, and the held-out split made from them.
+"""Keys of a row's prompt and of the whole row: what the check of data files compares instead of the texts.
 
-The prompt is everything before the first answer that is learnt. A row goes by its prompt's key alone, so no prompt is
-on both sides, and the choice depends on nothing else: not on order, files, or the number of workers.
+The prompt is everything before the first answer that is learnt.
 """
 
 from __future__ import annotations
@@ -11,14 +10,12 @@ import json
 import re
 
 from espalier.data.formats import Example
-from espalier.errors import UsageError
 
 # In a row of finished text the template's markers divide prompt and answer; these are the common ones.
 _TEXT_ANSWER = re.compile(
     r"<s>Assistant:|<\|im_start\|>assistant|<\|start_header_id\|>assistant|\[/INST\]|<\|assistant\|>"
 )
 _ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
-_SPLIT_SALT = b"espalier-split"
 
 
 def prompt_text(example: Example) -> str:
@@ -53,15 +50,3 @@ def _canonical(example: Example, start: int, end: int) -> str:
 def key(text: str) -> int:
     """64 bits of BLAKE2b: the same on every machine. A million rows collide with a chance of 3 in 10^8."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def is_heldout(example: Example, fraction: float, seed: int = 0) -> bool:
-    """Does this row belong to the held-out part? About `fraction` of the distinct prompts do.
-
-    Raises UsageError for a fraction outside 0..1 (both ends excluded: 0 holds nothing out, 1 leaves nothing to train).
-    """
-    if not 0 < fraction < 1:
-        raise UsageError(f"eval_fraction is {fraction}", todo="Give a share between 0 and 1, for example 0.05.")
-    salt = _SPLIT_SALT + seed.to_bytes(8, "little", signed=True)
-    digest = hashlib.blake2b(prompt_text(example).encode(), digest_size=8, key=salt).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
