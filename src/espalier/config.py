@@ -135,7 +135,10 @@ class RunConfig:
         "auto", "attention over the tree", "Prompt tree", common=True
     )
     max_tokens_per_pack: int = option(
-        MAX_TOKENS_PER_PACK, "most unique tokens in one forward pass (at least the longest row)", "Prompt tree", common=True
+        MAX_TOKENS_PER_PACK,
+        "most unique tokens in one forward pass (at least the longest row)",
+        "Prompt tree",
+        common=True,
     )
     min_shared_tokens: int = option(MIN_SHARED_TOKENS, "shortest beginning that is worth sharing", "Prompt tree")
     group_by_prefix: bool = option(

@@ -79,3 +79,12 @@ def test_golden_loss_curve(tmp_path: Path, tiny_llama_dir: Path) -> None:
     assert [entry["loss"] for entry in log] == pytest.approx(golden["loss"], abs=2e-4)
     assert [entry["learning_rate"] for entry in log] == pytest.approx(golden["learning_rate"], rel=1e-9)
     assert [entry["supervised_tokens"] for entry in log] == golden["supervised_tokens"]
+
+
+def test_a_short_run_has_a_log_line_too(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    result, said = run(
+        tiny_llama_dir, write_rows(tmp_path / "rows.jsonl"), tmp_path / "out", max_steps=3, logging_steps=10
+    )
+    assert [entry["step"] for entry in log_of(tmp_path / "out")] == [3]
+    assert result.metrics["loss"] == log_of(tmp_path / "out")[0]["loss"]
+    assert "step 3/3  loss " in said

@@ -72,6 +72,8 @@ class RunReporter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # a run shorter than --logging_steps has a log line too
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or not state.is_world_process_zero or not {"loss", "eval_loss", "nonfinite_steps"} & logs.keys():

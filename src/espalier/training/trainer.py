@@ -192,6 +192,7 @@ class LoraTrainer(Trainer):
                 details=[str(check)],
                 todo="Train with --tree off, and report it: this must not happen (--self_check off skips it).",
             )
+        self.notice(f"self-check on {len(rows)} rows: {check}")
 
     def part_loss(self, model: nn.Module, part: Any) -> LossOutput:
         """Loss of one pack (the tree) or of one padded micro-batch (its plain twin)."""
