@@ -237,12 +237,20 @@ def merge_command(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="Of the weights written; else the base's own."),
     ] = None,
+    format: Annotated[
+        Literal["folder", "gguf", "gguf-lora"],
+        typer.Option("--format", help="A folder for Transformers and vLLM; GGUF for llama.cpp; the adapter as GGUF."),
+    ] = "folder",
+    quantize: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"] | None,
+        typer.Option("--quantize", help="Of the matrices in a GGUF; else f16."),
+    ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write base + adapter as one model, read it back, and compare it with base + adapter."""
     from espalier.use.merge import run_merge
 
-    raise typer.Exit(run_merge(adapter, output_dir, model_path, dtype, trust_remote_code))
+    raise typer.Exit(run_merge(adapter, output_dir, model_path, dtype, format, quantize, trust_remote_code))
 
 
 def _format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from espalier import __version__
 from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import ChatTemplate, resolve_template
-from espalier.errors import AdapterError, EspalierError, ModelError, RunFolderError
+from espalier.errors import AdapterError, EspalierError, ModelError, RunFolderError, UsageError
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
 from espalier.model.load import ModelPath, load_config, load_tokenizer, sane_generation_config
 from espalier.model.load_adapter import RECORD, check_adapter_folder, read_record, to_stderr
 from espalier.use.chat import find_base
 from espalier.use.merged_weights import MergedWeights, adapted_model, empty_base
 from espalier.use.probes import probe_prompts
-from espalier.use.shards import INDEX, NamedTensors, Shards, safetensors_folder
+from espalier.use.shards import INDEX, NamedTensors, Shards, safetensors_folder, write_safetensors
 from espalier.use.streamed import streamed_logits
 
 if TYPE_CHECKING:
@@ -133,13 +133,30 @@ def merge(
     return Merged(output, dtype or _stored_dtype(source), unchanged, comparison, source.notes)
 
 
-def run_merge(adapter: str, output_dir: str, model_path: str | None, dtype: str | None, trust_remote_code: bool) -> int:
+def run_merge(
+    adapter: str,
+    output_dir: str,
+    model_path: str | None,
+    dtype: str | None,
+    format: str,
+    quantize: str | None,
+    trust_remote_code: bool,
+) -> int:
     """The command: merges, prints the report, returns the exit code."""
     from espalier.model.embedded import quiet_transformers
+    from espalier.use.export import export_gguf
 
+    if dtype is not None and format != "folder":
+        raise UsageError(f"--dtype {dtype} has no effect on --format {format}", todo="Say it with --quantize.")
+    if quantize is not None and format != "gguf":
+        raise UsageError(f"--quantize {quantize} has no effect on --format {format}", todo="Leave it out.")
     with quiet_transformers():
-        found = merge(adapter, output_dir, model_path, dtype, trust_remote_code)
-    for line in found.lines():
+        if format == "folder":
+            lines = merge(adapter, output_dir, model_path, dtype, trust_remote_code).lines()
+        else:
+            kind = None if format == "gguf-lora" else quantize or "f16"
+            lines = export_gguf(adapter, output_dir, model_path, kind, trust_remote_code)
+    for line in lines:
         print(line)
     return 0
 
@@ -194,35 +211,43 @@ def _check_base(folder: Path, base: ModelPath, empty: Any, shards: Shards) -> No
 
 
 def write_weights(source: Source, folder: Path, dtype: str | None) -> dict[str, float]:
-    """The base's files again, each with its changed tensors; one file's tensors are in memory at a time.
+    """The base's files again, each with its changed tensors; one tensor is in memory at a time.
 
     Returns for each changed tensor the share of its values that are the base's own after rounding.
     """
-    from safetensors.torch import save_file
-
     shards, weights = source.shards, source.weights
     changed = {shards.stored_name(name): name for name in weights.changed if name not in weights.untied}
     unchanged: dict[str, float] = {}
     places: dict[str, str] = {}
     last = list(shards.files)[-1]
+
+    def final(stored: str) -> torch.Tensor:
+        name = changed.get(stored, stored)
+        before = shards[name]
+        after = _rounded(weights[name], before.dtype, dtype)
+        if name in weights.changed:
+            unchanged[name] = _same_share(before, after)
+        return after
+
     for file, names in shards.files.items():
-        tensors = {}
-        for stored in (*names, *(weights.untied if file == last else ())):
-            name = changed.get(stored, stored)
-            before = shards[name]
-            after = _rounded(weights[name], before.dtype, dtype)
-            if name in weights.changed:
-                unchanged[name] = _same_share(before, after)
-            tensors[stored] = after.contiguous()
-            places[stored] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        del tensors
-        shards.close(file)
+        names = [*names, *(weights.untied if file == last else ())]
+        shapes = {stored: _written_form(weights, changed.get(stored, stored), dtype) for stored in names}
+        write_safetensors(folder / file, shapes, final)
+        places |= dict.fromkeys(names, file)
     if len(shards.files) > 1:
         total = sum((folder / file).stat().st_size for file in shards.files)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return unchanged
+
+
+def _written_form(weights: MergedWeights, name: str, dtype: str | None) -> torch.Tensor:
+    """An empty tensor of the shape and dtype that will be written."""
+    import torch
+
+    view = weights.base.view(name)
+    shape = weights.tables[name].shape if name in weights.tables else view.shape
+    return _rounded(torch.empty(shape, dtype=view.dtype, device="meta"), view.dtype, dtype)
 
 
 def _rounded(tensor: torch.Tensor, stored: torch.dtype, dtype: str | None) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,21 @@ from espalier.model.load import ModelPath, check_weights
 if TYPE_CHECKING:
     import torch
 
+# torch's dtypes as safetensors spells them
+CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -28,25 +44,28 @@ class Shards(Mapping[str, "torch.Tensor"]):
         self.folder, self.tied = folder, dict(tied or {})
         self.files = _files(folder)  # file name -> the names in it, in the file's order
         self._place = {name: file for file, names in self.files.items() for name in names}
-        self._open: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        """A copy: a view would keep the pages of its file in memory."""
+        from safetensors import safe_open
+
         stored = self.stored_name(name)
-        tensor: torch.Tensor = self._file(stored).get_tensor(stored)
+        with safe_open(self.folder / self._place[stored], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(stored).clone()
+        return tensor
+
+    def view(self, name: str) -> torch.Tensor:
+        """The tensor on the disk, for reading a few of its values."""
+        from safetensors import safe_open
+
+        stored = self.stored_name(name)
+        with safe_open(self.folder / self._place[stored], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(stored)
         return tensor
 
     def shape(self, name: str) -> list[int]:
         """The shape of the tensor `name`, from the file's header."""
-        stored = self.stored_name(name)
-        return list(self._file(stored).get_slice(stored).get_shape())
-
-    def _file(self, stored: str) -> Any:
-        from safetensors import safe_open
-
-        file = self._place[stored]
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file]
+        return list(self.view(name).shape)
 
     def stored_name(self, name: str) -> str:
         """The name in the files of the parameter `name`. Raises KeyError."""
@@ -62,20 +81,42 @@ class Shards(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._place)
 
-    def close(self, file: str) -> None:
-        """Give back what was read of one file."""
-        self._open.pop(file, None)
-
 
 class NamedTensors:
-    """What `base_fingerprint` needs of a model, with its tensors read one by one: parameters by name, and a config."""
+    """What `base_fingerprint` needs of a model, with its tensors left on the disk: parameters by name, and a config."""
 
-    def __init__(self, model: Any, weights: Mapping[str, torch.Tensor]):
-        self.config, self._model, self._weights = model.config, model, weights
+    def __init__(self, model: Any, shards: Shards):
+        self.config, self._model, self._shards = model.config, model, shards
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, _ in self._model.named_parameters():
-            yield name, self._weights[name]
+            yield name, self._shards.view(name)
+
+
+def write_safetensors(file: Path, forms: Mapping[str, torch.Tensor], tensor_of: Callable[[str], torch.Tensor]) -> None:
+    """A safetensors file, one tensor in memory at a time: the library's own writer wants them all, and copies them.
+
+    forms: name -> an empty tensor of its shape and dtype, in the order of the file. The format (safetensors' README):
+    the header's length as 8 bytes, little-endian; the header as JSON, padded with blanks to 8 bytes; the values.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, form in forms.items():
+        begin, end = end, end + form.numel() * form.element_size()
+        code = CODES[str(form.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": code, "shape": list(form.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, form in forms.items():
+            tensor = tensor_of(name).contiguous()
+            assert (tensor.shape, tensor.dtype) == (form.shape, form.dtype), name
+            tensor.reshape(-1).view(torch.uint8).numpy().tofile(out)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def safetensors_folder(ref: ModelPath, scratch: Path) -> tuple[Path, str | None]:

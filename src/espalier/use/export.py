@@ -1,0 +1,71 @@
+"""`espalier merge --format gguf` and `gguf-lora`: files for llama.cpp, written beside, read back, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from espalier.errors import RunFolderError
+from espalier.use.gguf import family_of, read_back, write_adapter, write_model
+from espalier.use.merge import Source, check_output, open_source
+from espalier.use.merged_weights import empty_base
+
+MODEL_FILE, ADAPTER_FILE = "model-{}.gguf", "adapter.gguf"
+
+
+def export_gguf(
+    adapter: str | Path,
+    output_dir: str | Path,
+    model_path: str | None = None,
+    quantize: str | None = "f16",
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Write base + adapter (or, with quantize None, the adapter alone) as a GGUF file into a new folder.
+
+    Returns the report. Every tensor is read back and compared before the folder appears. Raises RunFolderError,
+    AdapterError and ModelError as `merge` does, and for models and tokenizers that GGUF has no place for.
+    """
+    output = Path(output_dir)
+    check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as scratch:
+            source = open_source(adapter, model_path, Path(scratch) / "base", trust_remote_code)
+            family_of(source.config)
+            ready = Path(scratch) / "gguf"
+            ready.mkdir()
+            lines = _adapter(source, ready, output) if quantize is None else _model(source, ready, output, quantize)
+            shutil.rmtree(output, ignore_errors=True)  # an empty folder, as checked
+            os.replace(ready, output)
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(output),
+            todo="Make room, or name another folder.",
+        ) from error
+    return [*lines[:1], *source.notes, *lines[1:]]
+
+
+def _model(source: Source, ready: Path, output: Path, quantize: str) -> list[str]:
+    name = MODEL_FILE.format(quantize)
+    parameters = [key for key, _ in empty_base(source.config, source.trust_remote_code).named_parameters()]
+    parameters += [key for key in source.weights.untied if key not in parameters]
+    written = write_model(ready / name, source.config, source.tokenizer, parameters, source.weights, quantize)
+    worst = read_back(ready / name, written)
+    size = (ready / name).stat().st_size
+    return [
+        f"merged into {output / name} ({quantize}, {size / 1e6:.0f} MB, {len(written)} tensors)",
+        f"every tensor was read back; rounding changed a value by {100 * worst:.2g} % of its tensor's largest, at most",
+        f"serve it: llama-server -m {output / name} --jinja",
+    ]
+
+
+def _adapter(source: Source, ready: Path, output: Path) -> list[str]:
+    written = write_adapter(ready / ADAPTER_FILE, source.config, source.adapted)
+    read_back(ready / ADAPTER_FILE, written)
+    return [
+        f"written to {output / ADAPTER_FILE} ({len(written)} tensors, float32), every one read back and equal",
+        f"serve it with a GGUF of its base: llama-server -m BASE.gguf --lora {output / ADAPTER_FILE} --jinja",
+    ]

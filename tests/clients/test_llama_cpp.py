@@ -1,0 +1,107 @@
+"""llama.cpp (xllamacpp, in an environment of its own) gives the greedy tokens of base + adapter in float32.
+
+The environment is made under $ESPALIER_CLIENTS, else under the test's temporary folder; $ESPALIER_TEST_ADAPTER names an
+adapter of the default model (the demo's) for the larger test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from espalier.model.load import load_model, load_tokenizer
+from espalier.model.load_adapter import load_adapter
+from espalier.use.chat import find_base
+from espalier.use.export import export_gguf
+from espalier.use.generate import generate
+
+pytestmark = pytest.mark.clients
+HERE = Path(__file__).parent
+ROWS = HERE.parents[1] / "examples" / "triage" / "heldout.jsonl"
+NUM_PROMPTS, NUM_TOKENS = 20, 16
+
+
+@pytest.fixture(scope="session")
+def xllamacpp_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = os.environ.get("ESPALIER_CLIENTS")
+    folder = (Path(root) if root else tmp_path_factory.mktemp("clients")) / "xllamacpp"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        done = subprocess.run([str(python), "-m", "pip", "install", "--quiet", "xllamacpp"], check=False)
+        if done.returncode:
+            pytest.skip("xllamacpp cannot be installed here")
+    return python
+
+
+def ask(python: Path, tmp_path: Path, model: Path, lora: Path | None, prompts: Any, texts: list[str]) -> Any:
+    request = {"model": str(model), "lora": lora and str(lora), "prompts": prompts, "texts": texts}
+    (tmp_path / "request.json").write_text(json.dumps(request | {"max_new_tokens": NUM_TOKENS}))
+    command = [str(python), str(HERE / "llama_answers.py"), str(tmp_path / "request.json"), str(tmp_path / "out.json")]
+    subprocess.run(command, check=True, capture_output=True)
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize("form", ["gguf", "gguf-lora"])
+def test_greedy_tokens_are_ours(xllamacpp_python: Path, tmp_path: Path, form: str) -> None:
+    adapter = os.environ.get("ESPALIER_TEST_ADAPTER")
+    if adapter is None:
+        pytest.skip("ESPALIER_TEST_ADAPTER names no adapter of the default model")
+    base = find_base(Path(adapter), None)
+    tokenizer = load_tokenizer(adapter)
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[:NUM_PROMPTS]]
+    texts = [tokenizer.apply_chat_template(_prompt(row), tokenize=False, add_generation_prompt=True) for row in rows]
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if form == "gguf":
+        export_gguf(adapter, tmp_path / "g", None, "f16")
+        model, lora = tmp_path / "g" / "model-f16.gguf", None
+    else:
+        export_gguf(adapter, tmp_path / "a", None, None)
+        model, lora = _base_gguf(base, tokenizer, tmp_path / "base.gguf"), tmp_path / "a" / "adapter.gguf"
+    theirs = ask(xllamacpp_python, tmp_path, model, lora, prompts, texts)
+    live = load_adapter(load_model(base, device="cpu", dtype=torch.float32), adapter)
+    stops = [tokenizer.eos_token_id]
+    ours = generate(live, tokenizer, prompts, max_new_tokens=NUM_TOKENS, stop_ids=stops)
+    assert [answer["prompt_tokens"] for answer in theirs] == [len(ids) for ids in prompts]
+    equal = total = 0
+    for mine, answer in zip(ours, theirs, strict=True):
+        wanted = list(mine.ids)
+        got = [token for token in answer["ids"] if token not in stops]
+        equal += sum(a == b for a, b in zip(wanted, got, strict=False))
+        total += max(len(wanted), len(got))
+    print(f"{form}: {equal} of {total} greedy tokens equal; {_first_difference(live, prompts, theirs):.4f} mean")
+    assert total > 100
+    assert equal >= 0.95 * total
+
+
+def _prompt(row: dict[str, Any]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{row['instruction']}\n{row['input']}"}]
+
+
+def _base_gguf(base: Any, tokenizer: Any, file: Path) -> Path:
+    from espalier.model.load import load_config
+    from espalier.use.gguf import write_model
+    from espalier.use.merged_weights import empty_base
+    from espalier.use.shards import Shards
+
+    empty = empty_base(load_config(base))
+    names = [name for name, _ in empty.named_parameters()]
+    write_model(file, empty.config, tokenizer, names, Shards(Path(base.path), empty.all_tied_weights_keys), "f16")
+    return file
+
+
+def _first_difference(live: Any, prompts: list[list[int]], theirs: Any) -> float:
+    """Mean |difference| of the first token's log-probabilities, over the five that llama.cpp names."""
+    found = []
+    with torch.no_grad():
+        for ids, answer in zip(prompts, theirs, strict=True):
+            log_probs = live(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
+            found += [abs(float(log_probs[int(token)]) - value) for token, value in answer["first"].items()]
+    return sum(found) / len(found)

@@ -1,0 +1,101 @@
+"""GGUF: transformers' own reader, which shares no code with the writer, computes what base + adapter computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from espalier.cli import app
+from espalier.errors import AdapterError, ModelError, UsageError
+from espalier.model.load import load_model
+from espalier.model.load_adapter import load_adapter
+from espalier.use.export import export_gguf
+from espalier.use.gguf_vocab import LLAMA3_SPLIT, split_name
+from espalier.use.merge import run_merge
+
+IDS = torch.tensor([[0, 51, 28, 279, 287]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def loaded(path: Path) -> Any:
+    return load_model(path, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("quantize", "difference"), [("f32", 1e-4), ("f16", 0.05), ("q8_0", 0.5)])
+def test_whole_model(
+    tiny_llama_dir: Path, adapter_good_dir: Path, tmp_path: Path, quantize: str, difference: float
+) -> None:
+    lines = export_gguf(adapter_good_dir, tmp_path / "g", str(tiny_llama_dir), quantize)
+    file = tmp_path / "g" / f"model-{quantize}.gguf"
+    assert lines[0].startswith(f"merged into {file} ({quantize}, ")
+    expected = logits(load_adapter(loaded(tiny_llama_dir), adapter_good_dir))
+    assert (logits(loaded(file)) - expected).abs().max() < difference
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 1
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    assert "{%" in fields["tokenizer.chat_template"].contents()
+
+
+def test_adapter_alone(tiny_llama_dir: Path, adapter_good_dir: Path, tmp_path: Path) -> None:
+    export_gguf(adapter_good_dir, tmp_path / "g", str(tiny_llama_dir), None)
+    reader = gguf.GGUFReader(tmp_path / "g" / "adapter.gguf")
+    assert reader.fields["adapter.lora.alpha"].contents() == 8.0
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert sorted(tensors)[:2] == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
+    assert tensors["blk.0.attn_q.weight.lora_a"].data.shape == (4, 32)
+    assert len(tensors) == 8
+
+
+def test_adapter_with_whole_tables_is_sent_to_merge(cases: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    adapter = cases / "D07_server_rejects" / "modules_to_save"
+    with pytest.raises(AdapterError, match="cannot hold what the adapter does to lm_head") as caught:
+        export_gguf(adapter, tmp_path / "g", str(tiny_llama_dir), None)
+    assert caught.value.todo == "Merge first: --format gguf."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_architecture_is_refused_by_name(shared: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapter = tmp_path / "a"
+    base = shared / "tiny-phi3"
+    model = get_peft_model(loaded(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"]))
+    model.save_pretrained(adapter)
+    for file in (shared / "tok-bos").iterdir():
+        (adapter / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError, match="no GGUF can be written for models of type 'phi3'"):
+        export_gguf(adapter, tmp_path / "g", str(base))
+
+
+def test_names_of_splits() -> None:
+    byte_level = {"type": "ByteLevel", "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    llama3 = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}}
+    assert split_name(byte_level) == "gpt-2"
+    assert split_name({"type": "Sequence", "pretokenizers": [digits, byte_level]}) == "smollm"
+    assert split_name({"type": "Sequence", "pretokenizers": [llama3, byte_level]}) == "llama-bpe"
+    with pytest.raises(ModelError, match=r"no name for this tokenizer's split \(Digits\)"):
+        split_name(digits)
+
+
+def test_options_that_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="--dtype float32 has no effect on --format gguf"):
+        run_merge("a", "o", None, "float32", "gguf", None, False)
+    with pytest.raises(UsageError, match="--quantize q8_0 has no effect on --format folder"):
+        run_merge("a", "o", None, None, "folder", "q8_0", False)
+
+
+def test_command(tiny_llama_dir: Path, adapter_good_dir: Path, tmp_path: Path) -> None:
+    argv = ["merge", "--adapter", str(adapter_good_dir), "--model_path", str(tiny_llama_dir)]
+    result = CliRunner().invoke(app, [*argv, "--output_dir", str(tmp_path / "g"), "--format", "gguf-lora"])
+    assert result.exit_code == 0, result.output
+    assert "(8 tensors, float32), every one read back and equal" in result.output
