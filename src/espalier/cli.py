@@ -253,6 +253,20 @@ def merge_command(
     raise typer.Exit(run_merge(adapter, output_dir, model_path, dtype, format, quantize, trust_remote_code))
 
 
+@app.command("verify")
+def verify_command(
+    adapter: Annotated[str, typer.Argument(help="Folder of the adapter.", show_default=False)],
+    model_path: ModelOption = None,
+    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Check an adapter: whole, its base, its effect, its template; and who serves it, by which command."""
+    from espalier.use.verify import run_verify
+
+    raise typer.Exit(run_verify(adapter, model_path, trust_remote_code, use_cpu, as_json))
+
+
 def _format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:
     from espalier.data.formats import FormatOptions
     from espalier.encode.template import input_joiner

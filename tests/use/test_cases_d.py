@@ -1,17 +1,22 @@
 """The cases of group (d), after training.
 
-case  where it is tested
-D03   tests/model/test_load_adapter.py (fingerprint), tests/use/test_merge.py (before anything is written)
+D03   model/test_load_adapter.py test_base_of_the_same_shape_is_told_apart; test_merge.py test_wrong_base_is_refused_...
 D04   here
-D05   tests/model/test_load_adapter.py, tests/use/test_chat.py
-D06   here; tests/use/test_merge.py (LoRA on a tied table)
+D05   model/test_load_adapter.py, test_chat.py: test_base_path_of_another_machine...
+D06   here; test_merge.py test_adapter_on_a_tied_head_unties_it
+D07   test_verify.py test_d07_servers
 D08   here
-D09   tests/use/test_generate.py
-D10   tests/use/test_merge.py
-D11   here (merged folder); tests/training (the run's folder)
-D14   here
-D18   tests/use/test_generate.py
-D19   tests/use/test_chat.py
+D09   test_generate.py test_stream_decoder_gives_whole_characters
+D10   test_merge.py test_quantised_base_is_refused
+D11   here (merged folder); test_verify.py test_what_is_missing_is_named
+D12   test_chat.py test_prompt_ids_are_those_of_training_...; test_verify.py test_other_template_than_trained
+D13   not yet: no Modelfile is written
+D14   here; test_chat.py test_stops_at_the_trained_turn_end_too
+D15   test_verify.py test_adapter_without_effect
+D16   model/test_load_adapter.py test_smaller_embedding_table_is_refused
+D17   not yet a test of its own
+D18   test_chat.py test_same_question_twice_gives_the_same_answer; test_verify.py test_asked_twice_it_says_the_same
+D19   test_chat.py test_prompt_ids_are_those_of_training_and_of_the_saved_folder
 """
 
 from __future__ import annotations

@@ -1,0 +1,197 @@
+"""`espalier verify`: is this adapter whole, does it do anything, and who will serve it, by which command?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from espalier.errors import AdapterError
+from espalier.model.load_adapter import CONFIG, check_adapter_folder, load_adapter, read_record
+
+VLLM_DEFAULT_RANK = 16
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. level: ok, note (nothing to do, or only for some servers), or problem."""
+
+    level: str
+    text: str
+
+
+def verify(
+    adapter: str | Path, model_path: str | None = None, trust_remote_code: bool = False, use_cpu: bool = False
+) -> list[Finding]:
+    """All findings about an adapter's folder, in the order of the report.
+
+    Loads the base, since fingerprint, read-back and effect need it. Raises AdapterError and ModelError where the folder
+    cannot be used at all: damaged, empty, for another base.
+    """
+    from espalier.encode.template import resolve_template
+    from espalier.model.load import choose_device, choose_dtype, load_model, load_tokenizer
+    from espalier.use.chat import find_base
+
+    folder = check_adapter_folder(adapter)
+    base = find_base(folder, model_path)
+    found = files_beside(folder)
+    own = (folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(folder if own else base, trust_remote_code)
+    found += same_prompts(folder, tokenizer)
+    template = resolve_template(tokenizer)
+    device, _ = choose_device(use_cpu)
+    model = load_model(base, device=device, dtype=choose_dtype(device)[0], trust_remote_code=trust_remote_code)
+    notices: list[str] = []
+    adapted = load_adapter(model, folder, notice=notices.append)
+    recorded = bool(read_record(folder).get("base", {}).get("fingerprint"))
+    found += [Finding("ok", "the base is the one that it was trained on (fingerprint)")] if recorded else []
+    found.append(Finding("ok", "every tensor that the settings ask for is there, fits the base and is finite"))
+    found += [Finding("note", notice) for notice in notices]
+    found.append(effect(adapted, tokenizer, template))
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    # Its path, not a hub name: the embedded model's weights are not quite those of the hub's.
+    return [*found, *servers(settings, folder, str(base.path))]
+
+
+def files_beside(folder: Path) -> list[Finding]:
+    """Tokenizer, template and stop tokens must travel with the adapter (cases D11, D14)."""
+    found = []
+    named = "chat_template" in _json(folder / "tokenizer_config.json")
+    has_template = named or (folder / "chat_template.jinja").is_file()
+    for there, name, otherwise in (
+        ((folder / "tokenizer.json").is_file(), "tokenizer.json", "servers will use the base's tokenizer"),
+        (has_template, "chat template", "servers will use the base's own layout"),
+    ):
+        found.append(Finding("ok", f"{name} is beside it") if there else Finding("problem", f"no {name}: {otherwise}"))
+    stops = read_record(folder).get("stop_ids", [])
+    listed = _json(folder / "generation_config.json").get("eos_token_id")
+    listed = [listed] if isinstance(listed, int) else listed or []
+    missing = sorted(set(stops) - set(listed))
+    if not listed:
+        found.append(Finding("problem", "no generation_config.json with end tokens: a server may never stop"))
+    elif missing:
+        found.append(Finding("problem", f"generation_config.json lacks end tokens {missing}: a server may not stop"))
+    else:
+        found.append(Finding("ok", f"generation_config.json lists the end tokens {listed}"))
+    return found
+
+
+def same_prompts(folder: Path, tokenizer: Any) -> list[Finding]:
+    """Tokenizer and template are those of training, so that every prompt has training's ids (case D12)."""
+    recorded = read_record(folder).get("fingerprints")
+    if not isinstance(recorded, dict):
+        return [Finding("note", "no record of training's tokenizer and template: equal prompts cannot be checked")]
+    now = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "template": str(tokenizer.chat_template)}
+    other = [name for name, text in now.items() if recorded.get(name) != hashlib.sha256(text.encode()).hexdigest()]
+    if other:
+        return [Finding("problem", f"not those of training: {' and '.join(other)}; prompts get other tokens")]
+    return [Finding("ok", "tokenizer and template are those of training: the same prompts, token for token")]
+
+
+def effect(adapted: Any, tokenizer: Any, template: Any) -> Finding:
+    """Base against adapter on the probe prompts: largest logit difference and greedy answers (case D15)."""
+    import torch
+
+    from espalier.encode.stops import generation_stop_ids
+    from espalier.use.generate import generate
+    from espalier.use.probes import probe_prompts
+
+    prompts = probe_prompts(tokenizer, template)
+    stops = generation_stop_ids(tokenizer, template)
+
+    def judged() -> tuple[list[Any], list[tuple[int, ...]]]:
+        with torch.no_grad():
+            last = [
+                adapted(input_ids=torch.tensor([ids], device=adapted.device)).logits[0, -1].float() for ids in prompts
+            ]
+        answers = generate(adapted, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, stop_ids=stops)
+        return last, [answer.ids for answer in answers]
+
+    with adapted.disable_adapter():
+        base_logits, base_answers = judged()
+    logits, answers = judged()
+    width = len(base_logits[0])
+    largest = max(float((ours[:width] - theirs).abs().max()) for ours, theirs in zip(logits, base_logits, strict=True))
+    differ = sum(a != b for a, b in zip(answers, base_answers, strict=True))
+    text = f"{differ} of {len(prompts)} greedy answers differ from the base's; largest logit difference {largest:.3g}"
+    return Finding("ok" if largest > 0 else "problem", text)
+
+
+def servers(settings: dict[str, Any], folder: Path, base: str) -> list[Finding]:
+    """Who serves this adapter, and by which command (case D07). settings: adapter_config.json."""
+    patterns = settings.get("rank_pattern") or {}
+    rank = max([settings.get("r", 8), *patterns.values()])
+    whole = [
+        *(["modules_to_save"] if settings.get("modules_to_save") else []),
+        *(["trainable_token_indices"] if settings.get("trainable_token_indices") else []),
+    ]
+    reasons = [f"whole tensors in the adapter ({', '.join(whole)})"] if whole else []
+    reasons += ["DoRA"] if settings.get("use_dora") else []
+    reasons += [f"trained biases ({settings['bias']})"] if settings.get("bias", "none") != "none" else []
+    name = folder.resolve().name
+    merged = f"{name}-merged"
+    found = [
+        Finding(
+            "ok",
+            f"Transformers: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})",
+        )
+    ]
+    merge_first = f"espalier merge --adapter {folder} --output_dir {merged}"
+    if reasons:
+        found.append(Finding("note", f"vLLM: does not take {' or '.join(reasons)}; merge first: {merge_first}"))
+        found.append(Finding("ok", f"vLLM, merged: vllm serve {merged} --generation-config {merged}"))
+    else:
+        command = f"vllm serve {base} --enable-lora --lora-modules {name}={folder}"
+        limit = next((size for size in VLLM_RANKS if size >= rank), None)
+        if limit is None:
+            found.append(Finding("note", f"vLLM: rank {rank} is over its largest, {VLLM_RANKS[-1]}: {merge_first}"))
+        elif rank > VLLM_DEFAULT_RANK:
+            found.append(
+                Finding(
+                    "note", f"vLLM: rank {rank} is over its default limit of {VLLM_DEFAULT_RANK}, so the limit is set"
+                )
+            )
+            command += f" --max-lora-rank {limit}"
+        if (folder / "chat_template.jinja").is_file():
+            command += f" --chat-template {folder / 'chat_template.jinja'}"
+        if (folder / "generation_config.json").is_file():
+            command += f" --generation-config {folder}"
+        if limit is not None:
+            found.append(Finding("ok", f"vLLM: {command}"))
+    gguf = f"{name}-gguf"
+    found.append(
+        Finding(
+            "ok",
+            f"llama.cpp: espalier merge --adapter {folder} --output_dir {gguf} --format gguf && "
+            f"llama-server -m {gguf}/model-f16.gguf --jinja",
+        )
+    )
+    return found
+
+
+def run_verify(adapter: str, model_path: str | None, trust_remote_code: bool, use_cpu: bool, as_json: bool) -> int:
+    """The command: prints the findings; 0, or 1 where one is a problem."""
+    from espalier.model.embedded import quiet_transformers
+
+    with quiet_transformers():
+        found = verify(adapter, model_path, trust_remote_code, use_cpu)
+    if as_json:
+        print(json.dumps([{"level": entry.level, "text": entry.text} for entry in found], ensure_ascii=False))
+    else:
+        for entry in found:
+            print(f"{entry.level:<8} {entry.text}")
+    return int(any(entry.level == "problem" for entry in found))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError("cannot be read", where=str(file), todo="Copy it again.") from error
+    return fields if isinstance(fields, dict) else {}

@@ -1,0 +1,116 @@
+"""What `espalier verify` says of adapters that are whole, that lack something, and that servers refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from espalier.cli import app
+from espalier.errors import AdapterError
+from espalier.model.fingerprint import base_fingerprint
+from espalier.model.load import load_model, load_tokenizer
+from espalier.use.verify import Finding, servers, verify
+
+
+def whole(shared: Path, folder: Path) -> Path:
+    """adapter-good with all that our training writes beside it."""
+    shutil.copytree(shared / "adapter-good", folder)
+    base = shared / "tiny-llama"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(base / name, folder / name)
+    tokenizer = load_tokenizer(base)
+    prints = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "template": tokenizer.chat_template}
+    record = {
+        "base": {
+            "name": "tiny-llama",
+            "fingerprint": base_fingerprint(load_model(base, device="cpu", dtype=torch.float32)),
+        },
+        "stop_ids": [1],
+        "fingerprints": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in prints.items()},
+    }
+    (folder / "espalier.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_whole_adapter_has_no_problem(shared: Path, tmp_path: Path) -> None:
+    found = verify(whole(shared, tmp_path / "a"), str(shared / "tiny-llama"), use_cpu=True)
+    assert {entry.level for entry in found} == {"ok"}
+    texts = [entry.text for entry in found]
+    assert "generation_config.json lists the end tokens [1]" in texts
+    assert "tokenizer and template are those of training: the same prompts, token for token" in texts
+    assert "the base is the one that it was trained on (fingerprint)" in texts
+    assert any(text.startswith("4 of 4 greedy answers differ from the base's") for text in texts)
+
+
+def test_what_is_missing_is_named(shared: Path, tmp_path: Path) -> None:
+    folder = whole(shared, tmp_path / "a")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    found = verify(folder, str(shared / "tiny-llama"), use_cpu=True)
+    assert [entry.text for entry in found if entry.level == "problem"] == [
+        "no tokenizer.json: servers will use the base's tokenizer",
+        "no chat template: servers will use the base's own layout",
+        "no generation_config.json with end tokens: a server may never stop",
+    ]
+
+
+def test_other_template_than_trained(shared: Path, tmp_path: Path) -> None:
+    folder = whole(shared, tmp_path / "a")
+    text = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").write_text(text + "\n")
+    found = verify(folder, str(shared / "tiny-llama"), use_cpu=True)
+    assert Finding("problem", "not those of training: template; prompts get other tokens") in found
+
+
+def test_adapter_without_effect(shared: Path, tmp_path: Path) -> None:
+    """Case D15."""
+    folder = whole(shared, tmp_path / "a")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, file)
+    found = verify(folder, str(shared / "tiny-llama"), use_cpu=True)
+    nothing = "0 of 4 greedy answers differ from the base's; largest logit difference 0"
+    assert Finding("problem", nothing) in found
+
+
+def test_wrong_base(shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="trained on another base"):
+        verify(whole(shared, tmp_path / "a"), str(shared / "tiny-llama-other"), use_cpu=True)
+
+
+def test_d07_servers(cases: Path) -> None:
+    folder = cases / "D07_server_rejects" / "rank64"
+    found = servers(json.loads((folder / "adapter_config.json").read_text()), folder, "base")
+    assert Finding("note", "vLLM: rank 64 is over its default limit of 16, so the limit is set") in found
+    command = f"vLLM: vllm serve base --enable-lora --lora-modules rank64={folder} --max-lora-rank 64"
+    assert Finding("ok", command) in found
+    folder = cases / "D07_server_rejects" / "modules_to_save"
+    found = servers(json.loads((folder / "adapter_config.json").read_text()), folder, "base")
+    refusal = next(entry.text for entry in found if entry.level == "note")
+    assert refusal.startswith("vLLM: does not take whole tensors in the adapter (modules_to_save); merge first: ")
+
+
+def test_command(shared: Path, tmp_path: Path) -> None:
+    folder = whole(shared, tmp_path / "a")
+    argv = ["verify", str(folder), "--model_path", str(shared / "tiny-llama"), "--use_cpu", "--json"]
+    result = CliRunner().invoke(app, argv)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0] == {"level": "ok", "text": "tokenizer.json is beside it"}
+
+
+def test_asked_twice_it_says_the_same(shared: Path, tmp_path: Path) -> None:
+    """Case D18: greedy, eval mode, no dropout."""
+    folder = whole(shared, tmp_path / "a")
+    first, second = (verify(folder, str(shared / "tiny-llama"), use_cpu=True) for _ in range(2))
+    assert first == second
