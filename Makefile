@@ -5,12 +5,13 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-long lint format help clean
+.PHONY: setup demo test test-long test-clients lint format help clean
 
 help:
 	@echo "make demo       train the default model on the example rows and show what changed"
 	@echo "make test       the tests"
 	@echo "make test-long  the tests in their long form too"
+	@echo "make test-clients  the tests that install llama.cpp in an environment of its own"
 	@echo "make lint       ruff and mypy"
 
 setup: $(VENV)/.ready
@@ -31,6 +32,9 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m "not gpu and not clients"
+
+test-clients: setup
+	$(BIN)/python -m pytest -m clients
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,14 +8,16 @@ from typing import Any
 import gguf
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from espalier.cli import app
 from espalier.errors import AdapterError, ModelError, UsageError
-from espalier.model.load import load_model
+from espalier.model.load import load_model, load_tokenizer
 from espalier.model.load_adapter import load_adapter
 from espalier.use.export import export_gguf
-from espalier.use.gguf_vocab import LLAMA3_SPLIT, split_name
+from espalier.use.gguf_vocab import LLAMA3_SPLIT, add_vocabulary, split_name
 from espalier.use.merge import run_merge
 
 IDS = torch.tensor([[0, 51, 28, 279, 287]])
@@ -64,8 +66,6 @@ def test_adapter_with_whole_tables_is_sent_to_merge(cases: Path, tiny_llama_dir:
 
 
 def test_unknown_architecture_is_refused_by_name(shared: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
     adapter = tmp_path / "a"
     base = shared / "tiny-phi3"
     model = get_peft_model(loaded(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"]))
@@ -74,6 +74,11 @@ def test_unknown_architecture_is_refused_by_name(shared: Path, tmp_path: Path) -
         (adapter / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ModelError, match="no GGUF can be written for models of type 'phi3'"):
         export_gguf(adapter, tmp_path / "g", str(base))
+
+
+def test_tokenizer_with_more_ids_than_rows(tiny_llama_dir: Path) -> None:
+    with pytest.raises(ModelError, match="tokenizer has 340 ids, model has 300 rows"):
+        add_vocabulary(gguf.GGUFWriter(None, "llama"), load_tokenizer(tiny_llama_dir), rows=300)
 
 
 def test_names_of_splits() -> None:
@@ -99,3 +104,28 @@ def test_command(tiny_llama_dir: Path, adapter_good_dir: Path, tmp_path: Path) -
     result = CliRunner().invoke(app, [*argv, "--output_dir", str(tmp_path / "g"), "--format", "gguf-lora"])
     assert result.exit_code == 0, result.output
     assert "(8 tensors, float32), every one read back and equal" in result.output
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Gemma2", "Mistral"])
+def test_other_families(shared: Path, tmp_path: Path, family: str) -> None:
+    """Random models of two layers, with biases, q and k norms or norms that hold 1 less, as the family has them."""
+    base, adapter = tmp_path / "base", tmp_path / "a"
+    torch.manual_seed(5)
+    settings = {"vocab_size": 344, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    # transformers' reader takes 128 for every Qwen 3, and hidden / heads for Qwen 2.
+    settings |= {} if family == "Qwen2" else {"head_dim": 128 if family == "Qwen3" else 8}
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+    model.save_pretrained(base)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (base / file).write_bytes((shared / "tiny-llama" / file).read_bytes())
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
+    adapted.save_pretrained(adapter)
+    export_gguf(adapter, tmp_path / "g", str(base), "f32")
+    expected = logits(load_adapter(loaded(base), adapter))
+    assert (expected - logits(loaded(base))).abs().max() > 0.01
+    assert (logits(loaded(tmp_path / "g" / "model-f32.gguf")) - expected).abs().max() < 1e-3

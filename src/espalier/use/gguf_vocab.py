@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from espalier.encode.stops import turn_end_ids
+from espalier.encode.stops import check_vocabulary, turn_end_ids
 from espalier.encode.template import ChatTemplate, starts_with_bos
 from espalier.errors import ModelError
 
@@ -20,8 +20,10 @@ SPLITS = {LLAMA3_SPLIT: "llama-bpe", LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}
 def add_vocabulary(writer: Any, tokenizer: Any, rows: int) -> None:
     """Write the tokenizer's part of a GGUF file; rows: those of the embedding table, the rest is filled with names.
 
-    Raises ModelError for a tokenizer whose splitting llama.cpp has no name for: it would read other tokens.
+    Raises ModelError for a tokenizer with more ids than rows, and for one whose splitting llama.cpp has no name for: it
+    would read other tokens.
     """
+    check_vocabulary(tokenizer, rows)
     form = json.loads(tokenizer.backend_tokenizer.to_str())
     if form["model"]["type"] != "BPE":
         raise ModelError(f"no GGUF can be written for a tokenizer of kind {form['model']['type']}")
