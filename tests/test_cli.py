@@ -29,7 +29,17 @@ def error_of(*argv: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["check", "--help"], ["chat", "--help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["check", "--help"],
+        ["chat", "--help"],
+        ["merge", "--help"],
+        ["verify", "--help"],
+    ],
+)
 def test_help_imports_no_torch(argv: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['espalier', *sys.argv[1:]]\n"
