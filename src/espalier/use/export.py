@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
-from espalier.errors import RunFolderError
 from espalier.use.gguf import family_of, read_back, write_adapter, write_model
-from espalier.use.merge import Source, check_output, open_source
+from espalier.use.merge import Source, open_source
 from espalier.use.merged_weights import empty_base
+from espalier.use.new_folder import new_folder
 
 MODEL_FILE, ADAPTER_FILE = "model-{}.gguf", "adapter.gguf"
 
@@ -28,23 +25,10 @@ def export_gguf(
     AdapterError and ModelError as `merge` does, and for models and tokenizers that GGUF has no place for.
     """
     output = Path(output_dir)
-    check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as scratch:
-            source = open_source(adapter, model_path, Path(scratch) / "base", trust_remote_code)
-            family_of(source.config)
-            ready = Path(scratch) / "gguf"
-            ready.mkdir()
-            lines = _adapter(source, ready, output) if quantize is None else _model(source, ready, output, quantize)
-            shutil.rmtree(output, ignore_errors=True)  # an empty folder, as checked
-            os.replace(ready, output)
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot be written: {error.strerror or error}",
-            where=str(output),
-            todo="Make room, or name another folder.",
-        ) from error
+    with new_folder(output) as (scratch, ready):
+        source = open_source(adapter, model_path, scratch / "base", trust_remote_code)
+        family_of(source.config)
+        lines = _adapter(source, ready, output) if quantize is None else _model(source, ready, output, quantize)
     return [*lines[:1], *source.notes, *lines[1:]]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from espalier import __version__
 from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import ChatTemplate, resolve_template
-from espalier.errors import AdapterError, EspalierError, ModelError, RunFolderError, UsageError
+from espalier.errors import AdapterError, EspalierError, ModelError, UsageError
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
 from espalier.model.load import ModelPath, load_config, load_tokenizer, sane_generation_config
 from espalier.model.load_adapter import RECORD, check_adapter_folder, read_record, to_stderr
 from espalier.use.chat import find_base
 from espalier.use.merged_weights import MergedWeights, adapted_model, empty_base
+from espalier.use.new_folder import new_folder
 from espalier.use.probes import probe_prompts
 from espalier.use.shards import INDEX, NamedTensors, Shards, safetensors_folder, write_safetensors
 from espalier.use.streamed import streamed_logits
@@ -111,25 +110,12 @@ def merge(
     be merged.
     """
     output = Path(output_dir)
-    check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as scratch:
-            source = open_source(adapter, model_path, Path(scratch) / "base", trust_remote_code)
-            ready = Path(scratch) / "merged"
-            ready.mkdir()
-            unchanged = write_weights(source, ready, dtype)
-            write_companions(source, ready, dtype)
-            comparison = compare(source, ready)
-            _check_comparison(comparison, dtype or _stored_dtype(source), output)
-            shutil.rmtree(output, ignore_errors=True)  # an empty folder, as checked
-            os.replace(ready, output)
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot be written: {error.strerror or error}",
-            where=str(output),
-            todo="Make room, or name another folder.",
-        ) from error
+    with new_folder(output) as (scratch, ready):
+        source = open_source(adapter, model_path, scratch / "base", trust_remote_code)
+        unchanged = write_weights(source, ready, dtype)
+        write_companions(source, ready, dtype)
+        comparison = compare(source, ready)
+        _check_comparison(comparison, dtype or _stored_dtype(source), output)
     return Merged(output, dtype or _stored_dtype(source), unchanged, comparison, source.notes)
 
 
@@ -159,13 +145,6 @@ def run_merge(
     for line in lines:
         print(line)
     return 0
-
-
-def check_output(folder: Path) -> None:
-    """Raise RunFolderError unless `folder` is new or empty."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        what = "this is a file" if folder.is_file() else "this folder is not empty"
-        raise RunFolderError(what, where=str(folder), todo="Name another --output_dir.")
 
 
 def open_source(adapter: str | Path, model_path: str | None, scratch: Path, trust_remote_code: bool = False) -> Source:
