@@ -12,6 +12,7 @@ import pytest
 from small_runs import log_of, run, write_rows
 
 from espalier.errors import CheckpointError, RunFolderError
+from espalier.training.checkpoint import CheckpointKeeper
 
 FOUR_EPOCHS: dict[str, Any] = {"num_train_epochs": 4, "lora_dropout": 0.1, "logging_steps": 2, "save_steps": 1}
 ADAPTER = "adapter_model.safetensors"
@@ -156,3 +157,31 @@ def test_best_is_kept_and_loaded_bit_for_bit(rows: Path, tmp_path: Path, tiny_ll
 def test_workers_change_nothing(whole: Callable[[str], Path]) -> None:
     """C26: planning in two spawned processes gives the run of planning in this one."""
     assert (whole("two-workers") / ADAPTER).read_bytes() == (whole("tree") / ADAPTER).read_bytes()
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_is_named(
+    rows: Path, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = CheckpointKeeper.save
+
+    def save_but_the_best(self: CheckpointKeeper, trainer: Any, **options: Any) -> Path:
+        if trainer.state.global_step == trainer.state.best_global_step:
+            raise RunFolderError("no room", where=str(self.folder))
+        return save(self, trainer, **options)
+
+    monkeypatch.setattr(CheckpointKeeper, "save", save_but_the_best)
+    _, said = run(
+        tiny_llama_dir,
+        rows,
+        tmp_path / "out",
+        max_steps=6,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the largest loss, which is not that of the last step
+        eval_fraction=0.3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+    )
+    assert (tmp_path / "out" / ADAPTER).read_bytes() == (tmp_path / "out" / "checkpoint-6" / ADAPTER).read_bytes()
+    assert "could not be saved: the adapter is that of the last step" in said

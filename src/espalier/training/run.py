@@ -372,6 +372,12 @@ def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Con
         console.print(
             f"the adapter is that of step {trainer.state.best_global_step}, the best evaluation", soft_wrap=True
         )
+    elif trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+        console.print(
+            f"warning: the best evaluation was at step {trainer.state.best_global_step}, but its checkpoint "
+            "could not be saved: the adapter is that of the last step",
+            soft_wrap=True,
+        )
     if trainer.nonfinite.total:
         console.print(f"{trainer.nonfinite.total} steps were skipped: their loss or gradient was not finite")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
