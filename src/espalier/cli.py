@@ -255,16 +255,18 @@ def merge_command(
 
 @app.command("verify")
 def verify_command(
-    adapter: Annotated[str, typer.Argument(help="Folder of the adapter.", show_default=False)],
+    path: Annotated[
+        str, typer.Argument(help="Folder of an adapter or of a merged model, or a .gguf file.", show_default=False)
+    ],
     model_path: ModelOption = None,
     use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Check an adapter: whole, its base, its effect, its template; and who serves it, by which command."""
-    from espalier.use.verify import run_verify
+    """Check what was trained or merged: files, tensors, base, effect, template; and who serves it, by which command."""
+    from espalier.use.verify_command import run_verify
 
-    raise typer.Exit(run_verify(adapter, model_path, trust_remote_code, use_cpu, as_json))
+    raise typer.Exit(run_verify(path, model_path, trust_remote_code, use_cpu, as_json))
 
 
 def _format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:

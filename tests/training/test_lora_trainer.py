@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,31 @@ def test_rows_left_out_are_listed_in_the_runs_folder(tmp_path: Path, tiny_llama_
     with pytest.raises(DataError, match="A08_null_empty"):
         run(tiny_llama_dir, data, tmp_path / "strict", max_steps=1)
     assert not (tmp_path / "strict").exists()
+
+
+def test_the_end_of_a_run_says_what_verify_finds(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    from small_runs import run, write_rows
+
+    _, text = run(tiny_llama_dir, write_rows(tmp_path / "rows.jsonl"), tmp_path / "r", lora_rank=32)
+    lines = text.rstrip().splitlines()
+    assert lines[-3] == "note: vLLM: rank 32 is over its default limit of 16, so the limit is set"
+    checked = r"checked: \d of 4 likeliest next tokens differ from the base's; largest logit difference [\d.e-]+; "
+    assert re.fullmatch(checked + f"who serves it, by which command: espalier verify {tmp_path / 'r'}", lines[-2])
+    assert lines[-1] == f"try it: espalier chat --adapter {tmp_path / 'r'}"
+
+
+def test_a_check_that_fails_does_not_end_the_run(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from small_runs import run, write_rows
+
+    from espalier.errors import ModelError
+    from espalier.use import verify
+
+    def broken(*_: Any) -> None:
+        raise ModelError("its tokenizer cannot be loaded")
+
+    monkeypatch.setattr(verify, "verify_trained", broken)
+    _, text = run(tiny_llama_dir, write_rows(tmp_path / "rows.jsonl"), tmp_path / "r")
+    said = "warning: the finished adapter could not be checked: its tokenizer cannot be loaded"
+    assert text.rstrip().splitlines()[-2] == said

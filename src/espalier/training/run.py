@@ -351,6 +351,7 @@ def _say_stopped(trainer: LoraTrainer, folder: Path, console: Console) -> None:
 
 def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Console, seconds: float) -> RunResult:
     from espalier.training.readback import check_forward, effect_of
+    from espalier.use.verify import checked_lines
 
     steps = trainer.state.global_step
     if steps == 0:
@@ -388,5 +389,7 @@ def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Con
         f"{steps} steps in {seconds:.1f} s; adapter of {size / 1e6:.1f} MB in {folder}, read back and equal",
         soft_wrap=True,
     )
+    for line in checked_lines(trainer.model, folder, str(prepared.model.path), prepared.config.trust_remote_code):
+        console.print(line, soft_wrap=True, markup=False)
     console.print(f"try it: espalier chat --adapter {folder}", soft_wrap=True)
     return RunResult(folder, steps, seconds, metrics)

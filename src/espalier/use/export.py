@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from espalier.model.load_adapter import read_record
 from espalier.use.gguf import family_of, read_back, write_adapter, write_model
-from espalier.use.merge import Source, open_source
+from espalier.use.merge import Source, open_source, stop_ids
+from espalier.use.merged_record import write_record
 from espalier.use.merged_weights import empty_base
 from espalier.use.new_folder import new_folder
 
-MODEL_FILE, ADAPTER_FILE = "model-{}.gguf", "adapter.gguf"
+MODEL_FILE, ADAPTER_FILE, TEMPLATE_FILE = "model-{}.gguf", "adapter.gguf", "chat_template.jinja"
 
 
 def export_gguf(
@@ -29,6 +31,8 @@ def export_gguf(
         source = open_source(adapter, model_path, scratch / "base", trust_remote_code)
         family_of(source.config)
         lines = _adapter(source, ready, output) if quantize is None else _model(source, ready, output, quantize)
+        about = {"format": "gguf-lora" if quantize is None else "gguf", "quantize": quantize or "f32"}
+        write_record(ready, read_record(source.adapter), stop_ids(source), about)
     return [*lines[:1], *source.notes, *lines[1:]]
 
 
@@ -49,7 +53,10 @@ def _model(source: Source, ready: Path, output: Path, quantize: str) -> list[str
 def _adapter(source: Source, ready: Path, output: Path) -> list[str]:
     written = write_adapter(ready / ADAPTER_FILE, source.config, source.adapted)
     read_back(ready / ADAPTER_FILE, written)
+    # The base's GGUF brings its own template, which need not be the trained one.
+    (ready / TEMPLATE_FILE).write_text(source.tokenizer.chat_template, encoding="utf-8")
     return [
         f"written to {output / ADAPTER_FILE} ({len(written)} tensors, float32), every one read back and equal",
-        f"serve it with a GGUF of its base: llama-server -m BASE.gguf --lora {output / ADAPTER_FILE} --jinja",
+        f"serve it with a GGUF of its base: llama-server -m BASE.gguf --lora {output / ADAPTER_FILE} --jinja "
+        f"--chat-template-file {output / TEMPLATE_FILE}",
     ]

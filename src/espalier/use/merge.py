@@ -6,18 +6,18 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import __version__
 from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import ChatTemplate, resolve_template
 from espalier.errors import AdapterError, EspalierError, ModelError, UsageError
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
 from espalier.model.load import ModelPath, load_config, load_tokenizer, sane_generation_config
-from espalier.model.load_adapter import RECORD, check_adapter_folder, read_record, to_stderr
+from espalier.model.load_adapter import check_adapter_folder, read_record, to_stderr
 from espalier.use.chat import find_base
+from espalier.use.merged_record import Probe, probe_of, write_record
 from espalier.use.merged_weights import MergedWeights, adapted_model, empty_base
 from espalier.use.new_folder import new_folder
 from espalier.use.probes import probe_prompts
@@ -37,7 +37,8 @@ class Comparison:
     """The merged model, read from disk, against base + adapter: both in float32, on `num_positions` places of prompts.
 
     difference: largest |logit difference|. effect: that between adapter and base. lost: root mean square of the
-    difference over that of the effect. same_token: share of places with the same likeliest token.
+    difference over that of the effect. same_token: share of places with the same likeliest token. probes: what the
+    merged model says after each prompt.
     """
 
     num_prompts: int
@@ -46,6 +47,7 @@ class Comparison:
     effect: float
     lost: float
     same_token: float
+    probes: tuple[Probe, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ def merge(
         write_companions(source, ready, dtype)
         comparison = compare(source, ready)
         _check_comparison(comparison, dtype or _stored_dtype(source), output)
+        about = {"dtype": dtype or _stored_dtype(source), "comparison": asdict(comparison)}
+        write_record(ready, read_record(source.adapter), stop_ids(source), about)
     return Merged(output, dtype or _stored_dtype(source), unchanged, comparison, source.notes)
 
 
@@ -259,7 +263,7 @@ def _check_comparison(seen: Comparison, dtype: str, output: Path) -> None:
 
 
 def write_companions(source: Source, folder: Path, dtype: str | None) -> None:
-    """config, tokenizer with template, generation config with every turn end (case D14), the model's code, a record."""
+    """config, tokenizer with template, generation config with every turn end (case D14), the model's code."""
     config = copy.deepcopy(source.config)
     config.dtype = dtype or _stored_dtype(source)
     config.get_text_config().vocab_size = source.weights.vocab_size
@@ -267,24 +271,12 @@ def write_companions(source: Source, folder: Path, dtype: str | None) -> None:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
-    stops = stop_ids(source)
     generation, _ = sane_generation_config(source.base if source.base.kind != "gguf" else source.shards.folder)
-    generation.eos_token_id = stops
+    generation.eos_token_id = stop_ids(source)
     generation.save_pretrained(folder)
     if source.trust_remote_code:
         for file in source.shards.folder.glob("*.py"):
             shutil.copyfile(file, folder / file.name)
-    record = read_record(source.adapter)
-    made_of: dict[str, Any] = {
-        "espalier_version": __version__,
-        "merged": {
-            "adapter": record.get("run"),
-            "dtype": dtype or _stored_dtype(source),
-        },
-        "stop_ids": stops,
-    }
-    made_of |= {key: record[key] for key in ("base", "template", "fingerprints", "data") if key in record}
-    (folder / RECORD).write_text(json.dumps(made_of, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def stop_ids(source: Source) -> list[int]:
@@ -329,4 +321,5 @@ def compare(source: Source, merged: Path, rows: Sequence[Sequence[int]] | None =
         effect=float(effect.abs().max()),
         lost=float(error.square().mean().sqrt()) / spread if spread else 0.0,
         same_token=float(same),
+        probes=tuple(probe_of(ids, logits[-1]) for ids, logits in zip(rows, after, strict=True)),
     )

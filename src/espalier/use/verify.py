@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.errors import AdapterError
+from espalier.errors import AdapterError, EspalierError
 from espalier.model.load_adapter import CONFIG, check_adapter_folder, load_adapter, read_record
 
 VLLM_DEFAULT_RANK = 16
@@ -57,6 +57,31 @@ def verify(
     return [*found, *servers(settings, folder, str(base.path))]
 
 
+def verify_trained(adapted: Any, folder: Path, base: str, trust_remote_code: bool = False) -> list[Finding]:
+    """The same at the end of a run, on the model that is loaded: no base is read again, no answers are generated.
+
+    adapted: the trained model; its tensors in the folder were compared with it before. base: what a server is given.
+    """
+    from espalier.encode.template import resolve_template
+    from espalier.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    found = [*files_beside(folder), *same_prompts(folder, tokenizer)]
+    found.append(effect(adapted, tokenizer, resolve_template(tokenizer), answers=False))
+    return [*found, *servers(json.loads((folder / CONFIG).read_text(encoding="utf-8")), folder, base)]
+
+
+def checked_lines(adapted: Any, folder: Path, base: str, trust_remote_code: bool = False) -> list[str]:
+    """`verify_trained` for the end of a run's report: what is not as it should be in full, the rest in one line."""
+    try:
+        found = verify_trained(adapted, folder, base, trust_remote_code)
+    except EspalierError as error:  # the run is done and saved: it must not fail now
+        return [f"warning: the finished adapter could not be checked: {error}"]
+    shown = [f"{entry.level}: {entry.text}" for entry in found if entry.level != "ok"]
+    effects = [entry.text for entry in found if entry.level == "ok" and "from the base's" in entry.text]
+    return [*shown, f"checked: {'; '.join([*effects, 'who serves it, by which command'])}: espalier verify {folder}"]
+
+
 def files_beside(folder: Path) -> list[Finding]:
     """Tokenizer, template and stop tokens must travel with the adapter (cases D11, D14)."""
     found = []
@@ -92,8 +117,11 @@ def same_prompts(folder: Path, tokenizer: Any) -> list[Finding]:
     return [Finding("ok", "tokenizer and template are those of training: the same prompts, token for token")]
 
 
-def effect(adapted: Any, tokenizer: Any, template: Any) -> Finding:
-    """Base against adapter on the probe prompts: largest logit difference and greedy answers (case D15)."""
+def effect(adapted: Any, tokenizer: Any, template: Any, answers: bool = True) -> Finding:
+    """Base against adapter on the probe prompts: largest logit difference and greedy answers (case D15).
+
+    answers: False compares the likeliest next token instead of whole answers: two passes over each prompt.
+    """
     import torch
 
     from espalier.encode.stops import generation_stop_ids
@@ -102,22 +130,30 @@ def effect(adapted: Any, tokenizer: Any, template: Any) -> Finding:
 
     prompts = probe_prompts(tokenizer, template)
     stops = generation_stop_ids(tokenizer, template)
+    if not prompts:
+        return Finding("note", "the template refuses every probe prompt: the effect cannot be shown")
 
     def judged() -> tuple[list[Any], list[tuple[int, ...]]]:
         with torch.no_grad():
             last = [
                 adapted(input_ids=torch.tensor([ids], device=adapted.device)).logits[0, -1].float() for ids in prompts
             ]
-        answers = generate(adapted, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, stop_ids=stops)
-        return last, [answer.ids for answer in answers]
+        if not answers:
+            return last, [(int(logits.argmax()),) for logits in last]
+        generated = generate(adapted, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, stop_ids=stops)
+        return last, [answer.ids for answer in generated]
 
+    was_training = adapted.training
+    adapted.eval()
     with adapted.disable_adapter():
-        base_logits, base_answers = judged()
-    logits, answers = judged()
+        base_logits, base_said = judged()
+    logits, said = judged()
+    adapted.train(was_training)
     width = len(base_logits[0])
     largest = max(float((ours[:width] - theirs).abs().max()) for ours, theirs in zip(logits, base_logits, strict=True))
-    differ = sum(a != b for a, b in zip(answers, base_answers, strict=True))
-    text = f"{differ} of {len(prompts)} greedy answers differ from the base's; largest logit difference {largest:.3g}"
+    differ = sum(a != b for a, b in zip(said, base_said, strict=True))
+    what = "greedy answers differ" if answers else "likeliest next tokens differ"
+    text = f"{differ} of {len(prompts)} {what} from the base's; largest logit difference {largest:.3g}"
     return Finding("ok" if largest > 0 else "problem", text)
 
 
@@ -171,20 +207,6 @@ def servers(settings: dict[str, Any], folder: Path, base: str) -> list[Finding]:
         )
     )
     return found
-
-
-def run_verify(adapter: str, model_path: str | None, trust_remote_code: bool, use_cpu: bool, as_json: bool) -> int:
-    """The command: prints the findings; 0, or 1 where one is a problem."""
-    from espalier.model.embedded import quiet_transformers
-
-    with quiet_transformers():
-        found = verify(adapter, model_path, trust_remote_code, use_cpu)
-    if as_json:
-        print(json.dumps([{"level": entry.level, "text": entry.text} for entry in found], ensure_ascii=False))
-    else:
-        for entry in found:
-            print(f"{entry.level:<8} {entry.text}")
-    return int(any(entry.level == "problem" for entry in found))
 
 
 def _json(file: Path) -> dict[str, Any]:
