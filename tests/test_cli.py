@@ -38,6 +38,7 @@ def error_of(*argv: str) -> str:
         ["chat", "--help"],
         ["merge", "--help"],
         ["verify", "--help"],
+        ["import", "--help"],
     ],
 )
 def test_help_imports_no_torch(argv: list[str]) -> None:

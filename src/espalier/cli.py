@@ -269,6 +269,39 @@ def verify_command(
     raise typer.Exit(run_verify(path, model_path, trust_remote_code, use_cpu, as_json))
 
 
+@app.command("import")
+def import_command(
+    source: Annotated[
+        str, typer.Argument(help="Folder with adapter_model.bin, or the file itself.", show_default=False)
+    ],
+    output_dir: Annotated[str, typer.Option("--output_dir", help="New folder.", show_default=False)] = ...,  # type: ignore[assignment]
+    model_path: ModelOption = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora_alpha", help="As trained, where no adapter_config.json says it.")
+    ] = None,
+    use_rslora: Annotated[
+        bool, typer.Option("--use_rslora", help="It was trained with the scale alpha / sqrt(rank).")
+    ] = False,
+    template: TemplateOption = None,
+    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Make LoRA tensors that a script has saved by parameter name (adapter_model.bin) a PEFT folder."""
+    from espalier.use.import_adapter import run_import
+
+    code = run_import(
+        source,
+        output_dir,
+        model_path=model_path,
+        lora_alpha=lora_alpha,
+        use_rslora=use_rslora,
+        template=template,
+        use_cpu=use_cpu,
+        trust_remote_code=trust_remote_code,
+    )
+    raise typer.Exit(code)
+
+
 def _format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:
     from espalier.data.formats import FormatOptions
     from espalier.encode.template import input_joiner

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import AdapterError
+from espalier.model.adapter_tensors import PREFIX, read_tensors
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
 from espalier.model.locate import first_line
 
@@ -27,7 +28,6 @@ CONFIG, WEIGHTS, LEGACY_WEIGHTS, RECORD, RUN_FILE = (
     "espalier.json",
     "run.yaml",
 )
-PREFIX = "base_model.model."
 
 
 def to_stderr(line: str) -> None:
@@ -52,7 +52,7 @@ def load_adapter(
     from peft import PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 
     path = check_adapter_folder(folder)
-    config, tensors = _read_config(path), _read_tensors(path)
+    config, tensors = _read_config(path), read_tensors(weights_file(path))
     _check_settings(config, tensors, path)
     empty = model.device.type == "meta"
     if not empty:
@@ -80,6 +80,8 @@ def load_adapter(
         assert not result.unexpected_keys, result.unexpected_keys
     if all(not tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
         notice(f"{path}: every lora_B is zero: this adapter changes nothing")
+    if not is_trainable:  # PEFT 0.21 leaves the matrices of an adapted embedding trainable
+        adapted.requires_grad_(False)
     num_trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert (num_trainable > 0) == is_trainable, num_trainable
     adapted.train(is_trainable)
@@ -124,6 +126,11 @@ def check_adapter_folder(folder: str | Path) -> Path:
             todo="It was copied or saved in part. Copy it again, or take an earlier checkpoint.",
         )
     return path
+
+
+def weights_file(folder: Path) -> Path:
+    """The adapter's weights in `folder`: safetensors, else the older .bin file."""
+    return folder / (WEIGHTS if (folder / WEIGHTS).is_file() else LEGACY_WEIGHTS)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -231,28 +238,6 @@ def _check_settings(config: Any, tensors: dict[str, torch.Tensor], path: Path) -
                 where=str(path / CONFIG),
                 todo="Copy the adapter again, or take an earlier checkpoint.",
             )
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors on the CPU. A .bin file is read with weights_only: no code in it is ever run."""
-    import pickle
-
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = path / (WEIGHTS if (path / WEIGHTS).is_file() else LEGACY_WEIGHTS)
-    try:
-        if file.name == WEIGHTS:
-            return load_file(file)
-        tensors: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        return tensors
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise AdapterError(
-            f"the weights are damaged or cut off ({file.stat().st_size:,} bytes): {first_line(error)}",
-            where=str(file),
-            todo="Copy the adapter again, or take an earlier checkpoint.",
-        ) from error
 
 
 def _enlarge_embeddings(
