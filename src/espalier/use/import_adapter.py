@@ -1,6 +1,6 @@
 """`espalier import`: LoRA tensors that a script has saved under raw parameter names become a PEFT folder.
 
-Such files come from `torch.save({k: p for k, p in model.named_parameters() if p.requires_grad})`: they say neither the
+Such files hold `{k: p for k, p in model.named_parameters() if p.requires_grad}`, pickled by torch: they say neither the
 scale nor the base, and PEFT finds none of their names. Everything that can be wrong with them is compared with the
 base's own modules first, and told together; then the base's weights are loaded, and the folder appears only when it
 loads strictly.
