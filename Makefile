@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train the default model on the example rows and show what changed"
 	@echo "make test       the tests"
 	@echo "make test-long  the tests in their long form too"
-	@echo "make test-clients  the tests that install llama.cpp in an environment of its own"
+	@echo "make test-clients  the tests that install llama.cpp or PEFT alone in environments of their own"
 	@echo "make lint       ruff and mypy"
 
 setup: $(VENV)/.ready

@@ -1,7 +1,6 @@
 """llama.cpp (xllamacpp, in an environment of its own) gives the greedy tokens of base + adapter in float32.
 
-The environment is made under $ESPALIER_CLIENTS, else under the test's temporary folder; $ESPALIER_TEST_ADAPTER names an
-adapter of the default model (the demo's) for the larger test.
+$ESPALIER_TEST_ADAPTER names an adapter of the default model (the demo's).
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,8 @@ NUM_PROMPTS, NUM_TOKENS = 20, 16
 
 
 @pytest.fixture(scope="session")
-def xllamacpp_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = os.environ.get("ESPALIER_CLIENTS")
-    folder = (Path(root) if root else tmp_path_factory.mktemp("clients")) / "xllamacpp"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        done = subprocess.run([str(python), "-m", "pip", "install", "--quiet", "xllamacpp"], check=False)
-        if done.returncode:
-            pytest.skip("xllamacpp cannot be installed here")
-    return python
+def xllamacpp_python(client_python: Any) -> Path:
+    return client_python("xllamacpp", "xllamacpp")
 
 
 def ask(python: Path, tmp_path: Path, model: Path, lora: Path | None, prompts: Any, texts: list[str]) -> Any:
