@@ -9,6 +9,7 @@ from espalier.use.gguf import family_of, read_back, write_adapter, write_model
 from espalier.use.merge import Source, open_source, stop_ids
 from espalier.use.merged_record import write_record
 from espalier.use.merged_weights import empty_base
+from espalier.use.modelfile import FILE, modelfile
 from espalier.use.new_folder import new_folder
 
 MODEL_FILE, ADAPTER_FILE, TEMPLATE_FILE = "model-{}.gguf", "adapter.gguf", "chat_template.jinja"
@@ -47,16 +48,27 @@ def _model(source: Source, ready: Path, output: Path, quantize: str) -> list[str
         f"merged into {output / name} ({quantize}, {size / 1e6:.0f} MB, {len(written)} tensors)",
         f"every tensor was read back; rounding changed a value by {100 * worst:.2g} % of its tensor's largest, at most",
         f"serve it: llama-server -m {output / name} --jinja",
+        _modelfile(source, ready, output, f"./{name}", None),
     ]
 
 
 def _adapter(source: Source, ready: Path, output: Path) -> list[str]:
     written = write_adapter(ready / ADAPTER_FILE, source.config, source.adapted)
     read_back(ready / ADAPTER_FILE, written)
+    base = str(Path(source.base.path).resolve()) if source.base.kind == "gguf" else "./BASE.gguf"
     # The base's GGUF brings its own template, which need not be the trained one.
     (ready / TEMPLATE_FILE).write_text(source.tokenizer.chat_template, encoding="utf-8")
     return [
         f"written to {output / ADAPTER_FILE} ({len(written)} tensors, float32), every one read back and equal",
         f"serve it with a GGUF of its base: llama-server -m BASE.gguf --lora {output / ADAPTER_FILE} --jinja "
         f"--chat-template-file {output / TEMPLATE_FILE}",
+        _modelfile(source, ready, output, base, f"./{ADAPTER_FILE}"),
     ]
+
+
+def _modelfile(source: Source, ready: Path, output: Path, from_: str, adapter: str | None) -> str:
+    stops = [str(source.tokenizer.convert_ids_to_tokens(i)) for i in stop_ids(source)]
+    text, said = modelfile(from_, adapter, source.template, stops)
+    (ready / FILE).write_text(text, encoding="utf-8")
+    put = "" if from_ != "./BASE.gguf" else f"put the base's GGUF into the FROM line of {output / FILE}, then "
+    return f"Ollama: {put}ollama create NAME -f {output / FILE}; {said}"

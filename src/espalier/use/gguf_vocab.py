@@ -8,6 +8,7 @@ from typing import Any
 from espalier.encode.stops import check_vocabulary, turn_end_ids
 from espalier.encode.template import ChatTemplate, starts_with_bos
 from espalier.errors import ModelError
+from espalier.use.layout import server_adds_bos
 
 # The splits before byte-level BPE that llama.cpp knows by a name. Digits apart, then GPT-2's pattern, is `smollm`.
 LLAMA3_SPLIT = (
@@ -99,10 +100,11 @@ def _add_special(writer: Any, tokenizer: Any) -> None:
         token_id = getattr(tokenizer, f"{name}_token_id")
         if token_id is not None:
             getattr(writer, f"add_{name}_token_id")(token_id)
-    ends = turn_end_ids(tokenizer, ChatTemplate(tokenizer, "tokenizer's own", "")) if tokenizer.chat_template else []
+    template = ChatTemplate(tokenizer, "tokenizer's own", "")
+    ends = turn_end_ids(tokenizer, template) if tokenizer.chat_template else []
     if ends and ends[0] != tokenizer.eos_token_id:
         writer.add_eot_token_id(ends[0])
-    writer.add_add_bos_token(starts_with_bos(tokenizer))
+    writer.add_add_bos_token(server_adds_bos(template) if tokenizer.chat_template else starts_with_bos(tokenizer))
     writer.add_add_eos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)

@@ -156,6 +156,8 @@ def _one_gguf(file: Path, record: dict[str, Any]) -> Iterator[Finding]:
     yield from _gguf_vocabulary(fields, record)
     yield Finding("ok", f"llama.cpp: llama-server -m {file} --jinja")
     yield Finding("ok", f"LM Studio: lms import {file}")
+    if file.with_name("Modelfile").is_file():
+        yield Finding("ok", f"Ollama: ollama create {file.parent.resolve().name} -f {file.with_name('Modelfile')}")
 
 
 def _gguf_vocabulary(fields: dict[str, Any], record: dict[str, Any]) -> Iterator[Finding]:
