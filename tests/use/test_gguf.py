@@ -18,7 +18,7 @@ from espalier.model.load import load_model, load_tokenizer
 from espalier.model.load_adapter import load_adapter
 from espalier.use.export import export_gguf
 from espalier.use.gguf_vocab import LLAMA3_SPLIT, add_vocabulary, split_name
-from espalier.use.merge import run_merge
+from espalier.use.merge_command import run_merge
 
 IDS = torch.tensor([[0, 51, 28, 279, 287]])
 
@@ -94,9 +94,9 @@ def test_names_of_splits() -> None:
 
 def test_options_that_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="--dtype float32 has no effect on --format gguf"):
-        run_merge("a", "o", None, "float32", "gguf", None, False)
+        run_merge(["a"], None, "o", None, "float32", "gguf", None, False)
     with pytest.raises(UsageError, match="--quantize q8_0 has no effect on --format folder"):
-        run_merge("a", "o", None, None, "folder", "q8_0", False)
+        run_merge(["a"], None, "o", None, None, "folder", "q8_0", False)
 
 
 def test_command(tiny_llama_dir: Path, adapter_good_dir: Path, tmp_path: Path) -> None:

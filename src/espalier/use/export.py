@@ -6,17 +6,17 @@ from pathlib import Path
 
 from espalier.model.load_adapter import read_record
 from espalier.use.gguf import family_of, read_back, write_adapter, write_model
-from espalier.use.merge import Source, open_source, stop_ids
 from espalier.use.merged_record import write_record
 from espalier.use.merged_weights import empty_base
 from espalier.use.modelfile import FILE, modelfile
 from espalier.use.new_folder import new_folder
+from espalier.use.source import Adapters, Source, open_source, stop_ids
 
 MODEL_FILE, ADAPTER_FILE, TEMPLATE_FILE = "model-{}.gguf", "adapter.gguf", "chat_template.jinja"
 
 
 def export_gguf(
-    adapter: str | Path,
+    adapter: Adapters,
     output_dir: str | Path,
     model_path: str | None = None,
     quantize: str | None = "f16",
@@ -29,7 +29,7 @@ def export_gguf(
     """
     output = Path(output_dir)
     with new_folder(output) as (scratch, ready):
-        source = open_source(adapter, model_path, scratch / "base", trust_remote_code)
+        source = open_source(adapter, model_path, scratch, trust_remote_code)
         family_of(source.config)
         lines = _adapter(source, ready, output) if quantize is None else _model(source, ready, output, quantize)
         about = {"format": "gguf-lora" if quantize is None else "gguf", "quantize": quantize or "f32"}

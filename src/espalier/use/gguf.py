@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.errors import AdapterError, ModelError
 from espalier.use.gguf_vocab import add_vocabulary
+from espalier.use.merged_weights import plain_layers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,7 +143,7 @@ def write_adapter(file: Path, config: Any, adapted: Any) -> dict[str, Written]:
     import gguf
 
     family = family_of(config)
-    layers = dict(_plain_layers(adapted))
+    layers = dict(_linear_layers(adapted))
     placed = _gguf_names([f"{name}.weight" for name in layers], config, family)
     alpha = float(adapted.peft_config["default"].lora_alpha)
     writer = gguf.GGUFWriter(None, family.arch)
@@ -163,23 +164,15 @@ def write_adapter(file: Path, config: Any, adapted: Any) -> dict[str, Written]:
     return {key: _written(values, values, gguf.GGMLQuantizationType.F32) for key, values in tensors.items()}
 
 
-def _plain_layers(adapted: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, float]]]:
-    """(module, (A [r, in], B [out, r], scaling)) of every adapted linear layer."""
-    from peft.tuners.lora import Linear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    for name, module in adapted.get_base_model().named_modules():
-        odd = isinstance(module, AuxiliaryTrainingWrapper)
-        odd |= isinstance(module, BaseTunerLayer) and (not isinstance(module, Linear) or bool(module.lora_variant))
-        if odd:
+def _linear_layers(adapted: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, float]]]:
+    modules = dict(adapted.get_base_model().named_modules())
+    for name, found in plain_layers(adapted):
+        if found is None:
             raise AdapterError(
-                f"a GGUF LoRA cannot hold what the adapter does to {name} ({type(module).__name__})",
+                f"a GGUF LoRA cannot hold what the adapter does to {name} ({type(modules[name]).__name__})",
                 todo="Merge first: --format gguf.",
             )
-        if isinstance(module, Linear):
-            a, b = (module.get_parameter(f"lora_{letter}.default.weight") for letter in "AB")
-            yield name, (a.detach().float(), b.detach().float(), module.scaling["default"])
+        yield name, found
 
 
 def _arranged(tensor: torch.Tensor, name: str, config: Any, family: Family) -> torch.Tensor:

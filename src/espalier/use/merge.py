@@ -8,20 +8,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from espalier.encode.stops import generation_stop_ids
-from espalier.encode.template import ChatTemplate, resolve_template
-from espalier.errors import AdapterError, EspalierError, ModelError, UsageError
-from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
-from espalier.model.load import ModelPath, load_config, load_tokenizer, sane_generation_config
-from espalier.model.load_adapter import check_adapter_folder, read_record, to_stderr
-from espalier.use.chat import find_base
+from espalier.errors import AdapterError, EspalierError
+from espalier.model.load import load_config, sane_generation_config
+from espalier.model.load_adapter import read_record
 from espalier.use.merged_record import Probe, probe_of, write_record
-from espalier.use.merged_weights import MergedWeights, adapted_model, empty_base
+from espalier.use.merged_weights import MergedWeights, empty_base
 from espalier.use.new_folder import new_folder
 from espalier.use.probes import probe_prompts
-from espalier.use.shards import INDEX, NamedTensors, Shards, safetensors_folder, write_safetensors
+from espalier.use.shards import INDEX, Shards, write_safetensors
+from espalier.use.source import Adapters, Source, open_source, stop_ids, stored_dtype
 from espalier.use.streamed import streamed_logits
 
 if TYPE_CHECKING:
@@ -82,24 +79,8 @@ class Merged:
         return found
 
 
-@dataclass(frozen=True)
-class Source:
-    """An adapter and its base, opened for reading: nothing is loaded but the adapter's own tensors."""
-
-    adapter: Path
-    base: ModelPath
-    config: Any
-    tokenizer: Any
-    template: ChatTemplate
-    shards: Shards
-    weights: MergedWeights
-    adapted: Any
-    notes: tuple[str, ...]
-    trust_remote_code: bool
-
-
 def merge(
-    adapter: str | Path,
+    adapter: Adapters,
     output_dir: str | Path,
     model_path: str | None = None,
     dtype: str | None = None,
@@ -107,90 +88,21 @@ def merge(
 ) -> Merged:
     """Write base + adapter to `output_dir`, which appears only when it was read back and compared.
 
+    adapter: a folder, or folders with the weight of each: the sum of the weighted changes is written then.
     dtype: that of the weights written: float32, bfloat16 or float16; None keeps the base's own. Raises RunFolderError
     where the folder is taken or the disk does not hold it, AdapterError and ModelError for what does not fit or cannot
     be merged.
     """
     output = Path(output_dir)
     with new_folder(output) as (scratch, ready):
-        source = open_source(adapter, model_path, scratch / "base", trust_remote_code)
+        source = open_source(adapter, model_path, scratch, trust_remote_code)
         unchanged = write_weights(source, ready, dtype)
         write_companions(source, ready, dtype)
         comparison = compare(source, ready)
-        _check_comparison(comparison, dtype or _stored_dtype(source), output)
-        about = {"dtype": dtype or _stored_dtype(source), "comparison": asdict(comparison)}
+        _check_comparison(comparison, dtype or stored_dtype(source), output)
+        about = {"dtype": dtype or stored_dtype(source), "comparison": asdict(comparison)}
         write_record(ready, read_record(source.adapter), stop_ids(source), about)
-    return Merged(output, dtype or _stored_dtype(source), unchanged, comparison, source.notes)
-
-
-def run_merge(
-    adapter: str,
-    output_dir: str,
-    model_path: str | None,
-    dtype: str | None,
-    format: str,
-    quantize: str | None,
-    trust_remote_code: bool,
-) -> int:
-    """The command: merges, prints the report, returns the exit code."""
-    from espalier.model.embedded import quiet_transformers
-    from espalier.use.export import export_gguf
-
-    if dtype is not None and format != "folder":
-        raise UsageError(f"--dtype {dtype} has no effect on --format {format}", todo="Say it with --quantize.")
-    if quantize is not None and format != "gguf":
-        raise UsageError(f"--quantize {quantize} has no effect on --format {format}", todo="Leave it out.")
-    with quiet_transformers():
-        if format == "folder":
-            lines = merge(adapter, output_dir, model_path, dtype, trust_remote_code).lines()
-        else:
-            kind = None if format == "gguf-lora" else quantize or "f16"
-            lines = export_gguf(adapter, output_dir, model_path, kind, trust_remote_code)
-    for line in lines:
-        print(line)
-    return 0
-
-
-def open_source(adapter: str | Path, model_path: str | None, scratch: Path, trust_remote_code: bool = False) -> Source:
-    """Find and check all that a merge needs. `scratch`: where a base that is no safetensors folder is unpacked."""
-    folder = check_adapter_folder(adapter)
-    base = find_base(folder, model_path)
-    config = load_config(base, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None and base.kind != "gguf":
-        raise ModelError(
-            "the base's weights are quantised: a sum rounded to so few bits is not the adapter that was trained",
-            where=base.said,
-            todo="Give the 16-bit original with --model_path.",
-        )
-    where, note = safetensors_folder(base, scratch)
-    if note is not None:
-        config = load_config(where, trust_remote_code)
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(folder if own else base, trust_remote_code)
-    notes = [] if note is None else [note]
-    empty = empty_base(config, trust_remote_code)
-    shards = Shards(where, getattr(empty, "all_tied_weights_keys", None))
-    _check_base(folder, base, empty, shards)
-    adapted = adapted_model(config, folder, trust_remote_code=trust_remote_code, notice=notes.append)
-    weights = MergedWeights(shards, adapted)
-    template = resolve_template(tokenizer)
-    return Source(folder, base, config, tokenizer, template, shards, weights, adapted, tuple(notes), trust_remote_code)
-
-
-def _check_base(folder: Path, base: ModelPath, empty: Any, shards: Shards) -> None:
-    recorded = read_record(folder).get("base", {}).get("fingerprint")
-    if not recorded:
-        to_stderr(
-            f"{folder}: this adapter carries no fingerprint of its base, so whether the base is right is unchecked"
-        )
-        return
-    difference = fingerprint_difference(recorded, base_fingerprint(NamedTensors(empty, shards)))
-    if difference is not None:
-        raise AdapterError(
-            f"the adapter was trained on another base: {difference}",
-            where=str(folder),
-            todo=f"Give the base that it was trained on as --model_path; this is {base.said}.",
-        )
+    return Merged(output, dtype or stored_dtype(source), unchanged, comparison, source.notes)
 
 
 def write_weights(source: Source, folder: Path, dtype: str | None) -> dict[str, float]:
@@ -247,11 +159,6 @@ def _same_share(before: torch.Tensor, after: torch.Tensor) -> float:
     return float((before.to(after.dtype) == after).float().mean())
 
 
-def _stored_dtype(source: Source) -> str:
-    """The dtype of the base's tensors that the adapter changes, as the files (not the config) say it."""
-    return str(source.shards[source.weights.changed[0]].dtype).removeprefix("torch.")
-
-
 def _check_comparison(seen: Comparison, dtype: str, output: Path) -> None:
     """In float32 nothing but the order of additions may differ. Raises AdapterError."""
     if dtype == "float32" and seen.difference > 1e-3 * max(1.0, seen.effect):
@@ -265,7 +172,7 @@ def _check_comparison(seen: Comparison, dtype: str, output: Path) -> None:
 def write_companions(source: Source, folder: Path, dtype: str | None) -> None:
     """config, tokenizer with template, generation config with every turn end (case D14), the model's code."""
     config = copy.deepcopy(source.config)
-    config.dtype = dtype or _stored_dtype(source)
+    config.dtype = dtype or stored_dtype(source)
     config.get_text_config().vocab_size = source.weights.vocab_size
     if source.weights.untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
@@ -277,17 +184,6 @@ def write_companions(source: Source, folder: Path, dtype: str | None) -> None:
     if source.trust_remote_code:
         for file in source.shards.folder.glob("*.py"):
             shutil.copyfile(file, folder / file.name)
-
-
-def stop_ids(source: Source) -> list[int]:
-    """Every id at which an answer ends: what training recorded, the template's turn ends, both generation configs'."""
-    found = set(read_record(source.adapter).get("stop_ids", []))
-    own = source.adapter if (source.adapter / "generation_config.json").is_file() else None
-    for place in (own, source.shards.folder):
-        if place is not None:
-            generation, _ = sane_generation_config(place)
-            found.update(generation_stop_ids(source.tokenizer, source.template, generation.eos_token_id))
-    return sorted(found)
 
 
 def compare(source: Source, merged: Path, rows: Sequence[Sequence[int]] | None = None) -> Comparison:

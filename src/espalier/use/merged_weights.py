@@ -41,7 +41,7 @@ class MergedWeights(Mapping[str, "torch.Tensor"]):
     def __init__(self, base: Shards, adapted: Any):
         self.base, self._bare = base, adapted.get_base_model()
         self.layers = dict(_layers(self._bare))  # base parameter -> the module that changes it
-        self.tables = dict(_tables(self._bare))  # base parameter -> the tensor that takes its place
+        self.tables = dict(tables(self._bare))  # base parameter -> the tensor that takes its place
         missing = [name for name in (*self.layers, *self.tables) if not self._in_base(name)]
         if missing:
             raise ModelError(
@@ -130,7 +130,7 @@ def _layers(bare: nn.Module) -> Iterator[tuple[str, Any]]:
                 )
 
 
-def _tables(bare: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def tables(bare: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(base parameter, tensor) of whole tensors that the adapter carries: modules_to_save, enlarged embeddings."""
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -162,3 +162,17 @@ def _merge(module: Any, weight: torch.Tensor) -> torch.Tensor:
     finally:
         base.weight = before
         module.merged_adapters.clear()
+
+
+def plain_layers(adapted: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, float] | None]]:
+    """(module, (A [r, in], B [out, r], scaling)) of every adapted linear layer; None for what is no plain LoRA."""
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, Linear) and not module.lora_variant and not any(module.lora_bias.values()):
+            a, b = (module.get_parameter(f"lora_{letter}.{ADAPTER}.weight") for letter in "AB")
+            yield name, (a.detach().float(), b.detach().float(), module.scaling[ADAPTER])
+        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield name, None

@@ -1,0 +1,105 @@
+"""What a merge reads: an adapter (or a weighted sum of some) and its base, found, checked and opened, not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from espalier.encode.stops import generation_stop_ids
+from espalier.encode.template import ChatTemplate, resolve_template
+from espalier.errors import AdapterError, ModelError
+from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
+from espalier.model.load import ModelPath, load_config, load_tokenizer, sane_generation_config
+from espalier.model.load_adapter import check_adapter_folder, read_record, to_stderr
+from espalier.use.chat import find_base
+from espalier.use.merged_weights import MergedWeights, adapted_model, empty_base
+from espalier.use.shards import NamedTensors, Shards, safetensors_folder
+from espalier.use.weighted_sum import weighted_sum
+
+Adapters = str | Path | Mapping[str | Path, float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter and its base, opened for reading: nothing is loaded but the adapter's own tensors."""
+
+    adapter: Path
+    base: ModelPath
+    config: Any
+    tokenizer: Any
+    template: ChatTemplate
+    shards: Shards
+    weights: MergedWeights
+    adapted: Any
+    notes: tuple[str, ...]
+    trust_remote_code: bool
+
+
+def open_source(adapter: Adapters, model_path: str | None, scratch: Path, trust_remote_code: bool = False) -> Source:
+    """Find and check all that a merge needs. `scratch`: a folder for what has to be unpacked or summed first."""
+    weights_of = dict(adapter) if isinstance(adapter, Mapping) else {adapter: 1.0}
+    folders = [check_adapter_folder(each) for each in weights_of]
+    folder = folders[0]
+    base = find_base(folder, model_path)
+    config = load_config(base, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None and base.kind != "gguf":
+        raise ModelError(
+            "the base's weights are quantised: a sum rounded to so few bits is not the adapter that was trained",
+            where=base.said,
+            todo="Give the 16-bit original with --model_path.",
+        )
+    where, note = safetensors_folder(base, scratch / "base")
+    if note is not None:
+        config = load_config(where, trust_remote_code)
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = load_tokenizer(folder if own else base, trust_remote_code)
+    notes = [] if note is None else [note]
+    empty = empty_base(config, trust_remote_code)
+    shards = Shards(where, getattr(empty, "all_tied_weights_keys", None))
+    _check_bases(folders, base, empty, shards)
+    if isinstance(adapter, Mapping):
+        folder = weighted_sum(
+            dict(zip(folders, weights_of.values(), strict=True)), config, scratch / "sum", trust_remote_code
+        )
+        notes.append(f"the sum of {' and '.join(f'{weight:g} x {each}' for each, weight in weights_of.items())}")
+    adapted = adapted_model(config, folder, trust_remote_code=trust_remote_code, notice=notes.append)
+    weights = MergedWeights(shards, adapted)
+    template = resolve_template(tokenizer)
+    return Source(folder, base, config, tokenizer, template, shards, weights, adapted, tuple(notes), trust_remote_code)
+
+
+def _check_bases(folders: Sequence[Path], base: ModelPath, empty: Any, shards: Shards) -> None:
+    found = None
+    for folder in folders:
+        recorded = read_record(folder).get("base", {}).get("fingerprint")
+        if not recorded:
+            to_stderr(
+                f"{folder}: this adapter carries no fingerprint of its base, so whether the base is right is unchecked"
+            )
+            continue
+        found = found or base_fingerprint(NamedTensors(empty, shards))
+        difference = fingerprint_difference(recorded, found)
+        if difference is not None:
+            raise AdapterError(
+                f"the adapter was trained on another base: {difference}",
+                where=str(folder),
+                todo=f"Give the base that it was trained on as --model_path; this is {base.said}.",
+            )
+
+
+def stored_dtype(source: Source) -> str:
+    """The dtype of the base's tensors that the adapter changes, as the files (not the config) say it."""
+    return str(source.shards[source.weights.changed[0]].dtype).removeprefix("torch.")
+
+
+def stop_ids(source: Source) -> list[int]:
+    """Every id at which an answer ends: what training recorded, the template's turn ends, both generation configs'."""
+    found = set(read_record(source.adapter).get("stop_ids", []))
+    own = source.adapter if (source.adapter / "generation_config.json").is_file() else None
+    for place in (own, source.shards.folder):
+        if place is not None:
+            generation, _ = sane_generation_config(place)
+            found.update(generation_stop_ids(source.tokenizer, source.template, generation.eos_token_id))
+    return sorted(found)
