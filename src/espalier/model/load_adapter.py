@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 import warnings
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import AdapterError
+from espalier.model.adapter_settings import CONFIG as CONFIG  # also from here
+from espalier.model.adapter_settings import check_settings, read_json, read_settings
 from espalier.model.adapter_tensors import PREFIX, read_tensors
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
 from espalier.model.locate import first_line
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS, LEGACY_WEIGHTS, RECORD, RUN_FILE = (
-    "adapter_config.json",
+WEIGHTS, LEGACY_WEIGHTS, RECORD, RUN_FILE = (
     "adapter_model.safetensors",
     "adapter_model.bin",
     "espalier.json",
     "run.yaml",
 )
+NO_FINGERPRINT = "no fingerprint of its base: made by another tool; whether this base is right cannot be checked"
 
 
 def to_stderr(line: str) -> None:
@@ -52,9 +53,9 @@ def load_adapter(
     from peft import PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 
     path = check_adapter_folder(folder)
-    config, tensors = _read_config(path), read_tensors(weights_file(path))
-    _check_settings(config, tensors, path)
     empty = model.device.type == "meta"
+    config, tensors = read_settings(path, notice, with_weights=not empty), read_tensors(weights_file(path))
+    check_settings(config, tensors, path)
     if not empty:
         check_base(path, model, notice)
     _enlarge_embeddings(model, tensors, path, notice)
@@ -76,7 +77,9 @@ def load_adapter(
     if empty:
         _fill_empty(adapted, tensors)
     else:
-        result: Any = set_peft_model_state_dict(adapted, tensors)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a bias beside lora_B it says that its shape is wrong
+            result: Any = set_peft_model_state_dict(adapted, tensors)
         assert not result.unexpected_keys, result.unexpected_keys
     if all(not tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
         notice(f"{path}: every lora_B is zero: this adapter changes nothing")
@@ -136,7 +139,7 @@ def weights_file(folder: Path) -> Path:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """What our training wrote beside the adapter (espalier.json); empty for an adapter of another tool."""
     file = Path(folder) / RECORD
-    fields = _read_json(file) if file.is_file() else {}
+    fields = read_json(file) if file.is_file() else {}
     if not isinstance(fields.get("base", {}), dict):
         raise _damaged_record(folder)
     return fields
@@ -147,7 +150,13 @@ def _damaged_record(folder: str | Path) -> AdapterError:
 
 
 def recorded_base(folder: str | Path) -> str | None:
-    """The base as the adapter's folder gives it, or None.
+    """The base as the adapter's folder gives it, or None."""
+    name, _ = recorded_base_and_file(folder)
+    return name
+
+
+def recorded_base_and_file(folder: str | Path) -> tuple[str | None, str]:
+    """(the base as the adapter's folder gives it, the file that does), or (None, "").
 
     The run file beside it holds the path of this machine, if it was trained here; espalier.json and
     adapter_config.json, which travel with the adapter, hold a name that means something elsewhere (case D05).
@@ -159,12 +168,12 @@ def recorded_base(folder: str | Path) -> str | None:
         with contextlib.suppress(yaml.YAMLError, OSError, ValueError, AttributeError, RecursionError):
             here = (yaml.safe_load(run_file.read_text(encoding="utf-8")) or {}).get("model_path")
             if isinstance(here, str) and Path(here).exists():
-                return here
+                return here, RUN_FILE
     names = (
-        read_record(folder).get("base", {}).get("name"),
-        _read_json(Path(folder) / CONFIG).get("base_model_name_or_path"),
+        (read_record(folder).get("base", {}).get("name"), RECORD),
+        (read_json(Path(folder) / CONFIG).get("base_model_name_or_path"), CONFIG),
     )
-    return next((name for name in names if isinstance(name, str) and name), None)
+    return next(((name, file) for name, file in names if isinstance(name, str) and name), (None, ""))
 
 
 def check_base(folder: str | Path, model: Any, notice: Callable[[str], None] = to_stderr) -> None:
@@ -174,7 +183,7 @@ def check_base(folder: str | Path, model: Any, notice: Callable[[str], None] = t
     """
     base = read_record(folder).get("base", {})
     if not base.get("fingerprint"):
-        notice(f"{folder}: this adapter carries no fingerprint of its base, so whether the base is right is unchecked")
+        notice(f"{folder}: {NO_FINGERPRINT}")
         return
     found = base_fingerprint(model)
     try:
@@ -188,56 +197,6 @@ def check_base(folder: str | Path, model: Any, notice: Callable[[str], None] = t
             where=str(folder),
             todo=f"Give the base that it was trained on{f', {name!r},' if name else ''} as --model_path.",
         )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"cannot be read: {first_line(error)}", where=str(file), todo="Copy it again.") from error
-    if not isinstance(fields, dict):
-        raise AdapterError("holds no JSON object", where=str(file), todo="Copy it again.")
-    return fields
-
-
-def _read_config(path: Path) -> Any:
-    from peft import LoraConfig, PeftConfig
-
-    kind = _read_json(path / CONFIG).get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(
-            f"the adapter is of kind {kind!r}",
-            where=str(path / CONFIG),
-            todo="Only LoRA adapters can be loaded here.",
-        )
-    try:
-        config = PeftConfig.from_pretrained(str(path))
-    except Exception as error:  # settings of any type end in any exception inside PEFT
-        raise AdapterError(
-            f"its settings cannot be read: {first_line(error)}", where=str(path / CONFIG), todo="Update peft."
-        ) from error
-    assert isinstance(config, LoraConfig)
-    return config
-
-
-def _check_settings(config: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Refuse settings that would fill the memory, or import modules, before a tensor is compared."""
-    for name in ("megatron_config", "layer_replication"):
-        if getattr(config, name, None):
-            raise AdapterError(
-                f"its settings ask for {name}, which is not supported here",
-                where=str(path / CONFIG),
-                todo="Merge the adapter with the tool that made it.",
-            )
-    patterns = config.rank_pattern if isinstance(config.rank_pattern, dict) else {}
-    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    for rank in (config.r, *patterns.values()):
-        if not isinstance(rank, int) or not 1 <= rank <= max(largest, 256):
-            raise AdapterError(
-                f"its settings ask for rank {str(rank)[:40]}, and its tensors have {largest} rows at most",
-                where=str(path / CONFIG),
-                todo="Copy the adapter again, or take an earlier checkpoint.",
-            )
 
 
 def _enlarge_embeddings(

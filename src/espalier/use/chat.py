@@ -11,17 +11,16 @@ from typing import Any
 
 from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import ChatTemplate, resolve_template
-from espalier.errors import AdapterError, EspalierError, ModelError, TemplateError, UsageError
+from espalier.errors import EspalierError, TemplateError, UsageError
 from espalier.model.load import (
-    ModelPath,
     choose_device,
     choose_dtype,
     load_model,
-    load_tokenizer,
-    resolve_model,
     sane_generation_config,
 )
-from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record, recorded_base, to_stderr
+from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record, to_stderr
+from espalier.use.adapter_base import adapter_tokenizer
+from espalier.use.adapter_base import find_base as find_base  # also from here
 from espalier.use.generate import Generated, Sampling, generate, stream
 from espalier.use.prompts import Conversation, from_file, from_stdin, from_texts
 
@@ -126,24 +125,6 @@ def run_chat(
     return 0
 
 
-def find_base(folder: Path, model_path: str | None) -> ModelPath:
-    """The base to put the adapter on: --model_path, else what the adapter's folder names. Raises AdapterError."""
-    if model_path is not None:
-        return resolve_model(model_path)
-    name = recorded_base(folder)
-    if name is None:
-        raise AdapterError("the adapter does not name its base", where=str(folder), todo="Give it with --model_path.")
-    try:
-        return resolve_model(name)
-    except ModelError as error:
-        raise AdapterError(
-            f"the adapter's base {name!r} is not found here",
-            where=str(folder),
-            details=[error.what],
-            todo="Give the base with --model_path: a folder, a .gguf file or a hub name.",
-        ) from error
-
-
 def _check_options(max_new_tokens: int, temperature: float, top_p: float, both: bool) -> None:
     wrong = []
     if max_new_tokens < 1:
@@ -170,8 +151,7 @@ def _load(
     use_cpu: bool,
 ) -> Chat:
     base = find_base(folder, model_path)
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(folder if own else base, trust_remote_code)
+    tokenizer, notices = adapter_tokenizer(folder, base, trust_remote_code)
     if tokenizer.chat_template is None and template_name is None:
         raise TemplateError(
             "neither the adapter's folder nor its base has a chat template",
@@ -182,7 +162,7 @@ def _load(
     device, device_reason = choose_device(use_cpu)
     dtype, dtype_reason = choose_dtype(device)
     to_stderr(f"base: {base.said}; device: {device} ({device_reason}); {str(dtype).split('.')[-1]} ({dtype_reason})")
-    for line in template.notices():
+    for line in (*notices, *template.notices()):
         to_stderr(line)
     model = load_model(base, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     stops = set(read_record(folder).get("stop_ids", []))

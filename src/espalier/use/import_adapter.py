@@ -19,6 +19,7 @@ from espalier import __version__
 from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import resolve_template
 from espalier.errors import AdapterError, UsageError
+from espalier.model.adapter_settings import CONFIG
 from espalier.model.adapter_tensors import WHOLE, TensorName, bare_name, parse_name, read_tensors
 from espalier.model.load import (
     ModelPath,
@@ -28,11 +29,11 @@ from espalier.model.load import (
     load_config,
     load_model,
     load_tokenizer,
-    resolve_model,
     sane_generation_config,
 )
-from espalier.model.load_adapter import CONFIG, LEGACY_WEIGHTS, RECORD, WEIGHTS, load_adapter
+from espalier.model.load_adapter import LEGACY_WEIGHTS, RECORD, WEIGHTS, load_adapter
 from espalier.model.lora import empty_model
+from espalier.use.adapter_base import find_base
 from espalier.use.new_folder import new_folder
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def import_adapter(
     with new_folder(Path(output_dir)) as (_, ready):
         tensors = read_tensors(file)
         settings = read_settings(file.parent / CONFIG)
-        base, base_reason = _base(file, settings, model_path)
+        base = _base(file, settings, model_path)
         config = load_config(base, trust_remote_code)
         check_causal_lm(config, base.said)
         named = name_tensors(tensors, settings, file)
@@ -87,7 +88,7 @@ def import_adapter(
         checked = _complete(ready, base, file.parent, template, trust_remote_code, use_cpu)
     lines = (
         f"{len(tensors)} tensors of {file.name}: {describe_modules(ranks, modules)}",
-        f"base: {base.said} ({base_reason})",
+        f"base: {base.said}",
         *said,
         *checked,
         f"written to {output_dir}, and loaded from there: every tensor in its place",
@@ -135,15 +136,13 @@ def read_settings(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _base(file: Path, settings: Mapping[str, Any], model_path: str | None) -> tuple[ModelPath, str]:
+def _base(file: Path, settings: Mapping[str, Any], model_path: str | None) -> ModelPath:
     if model_path is not None:
-        return resolve_model(model_path), "--model_path"
+        return find_base(file.parent, model_path)
     name = settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UsageError("the file does not say which base it belongs to", where=str(file), todo="Give --model_path.")
-    from espalier.use.chat import find_base
-
-    return find_base(file.parent, None), f"named in {CONFIG}"
+    return find_base(file.parent, None)
 
 
 def name_tensors(tensors: Mapping[str, Any], settings: Mapping[str, Any], file: Path) -> dict[str, TensorName]:

@@ -11,9 +11,9 @@ from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import ChatTemplate, resolve_template
 from espalier.errors import AdapterError, ModelError
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
-from espalier.model.load import ModelPath, load_config, load_tokenizer, sane_generation_config
-from espalier.model.load_adapter import check_adapter_folder, read_record, to_stderr
-from espalier.use.chat import find_base
+from espalier.model.load import ModelPath, load_config, sane_generation_config
+from espalier.model.load_adapter import NO_FINGERPRINT, check_adapter_folder, read_record, to_stderr
+from espalier.use.adapter_base import adapter_tokenizer, find_base
 from espalier.use.merged_weights import MergedWeights, adapted_model, empty_base
 from espalier.use.shards import NamedTensors, Shards, safetensors_folder
 from espalier.use.weighted_sum import weighted_sum
@@ -53,9 +53,8 @@ def open_source(adapter: Adapters, model_path: str | None, scratch: Path, trust_
     where, note = safetensors_folder(base, scratch / "base")
     if note is not None:
         config = load_config(where, trust_remote_code)
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(folder if own else base, trust_remote_code)
-    notes = [] if note is None else [note]
+    tokenizer, notices = adapter_tokenizer(folder, base, trust_remote_code)
+    notes = [f"base: {base.said}", *([] if note is None else [note]), *notices]
     empty = empty_base(config, trust_remote_code)
     shards = Shards(where, getattr(empty, "all_tied_weights_keys", None))
     _check_bases(folders, base, empty, shards)
@@ -75,9 +74,7 @@ def _check_bases(folders: Sequence[Path], base: ModelPath, empty: Any, shards: S
     for folder in folders:
         recorded = read_record(folder).get("base", {}).get("fingerprint")
         if not recorded:
-            to_stderr(
-                f"{folder}: this adapter carries no fingerprint of its base, so whether the base is right is unchecked"
-            )
+            to_stderr(f"{folder}: {NO_FINGERPRINT}")
             continue
         found = found or base_fingerprint(NamedTensors(empty, shards))
         difference = fingerprint_difference(recorded, found)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import AdapterError, EspalierError
-from espalier.model.load_adapter import CONFIG, check_adapter_folder, load_adapter, read_record
+from espalier.model.adapter_settings import CONFIG
+from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record
 
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -33,14 +34,14 @@ def verify(
     cannot be used at all: damaged, empty, for another base.
     """
     from espalier.encode.template import resolve_template
-    from espalier.model.load import choose_device, choose_dtype, load_model, load_tokenizer
-    from espalier.use.chat import find_base
+    from espalier.model.load import choose_device, choose_dtype, load_model
+    from espalier.use.adapter_base import adapter_tokenizer, find_base
 
     folder = check_adapter_folder(adapter)
     base = find_base(folder, model_path)
     found = files_beside(folder)
-    own = (folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(folder if own else base, trust_remote_code)
+    found.append(Finding("ok", f"base: {base.said}"))
+    tokenizer, _ = adapter_tokenizer(folder, base, trust_remote_code)
     found += same_prompts(folder, tokenizer)
     template = resolve_template(tokenizer)
     device, _ = choose_device(use_cpu)

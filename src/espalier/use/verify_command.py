@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from espalier.errors import UsageError
-from espalier.model.load_adapter import CONFIG
+from espalier.model.adapter_settings import CONFIG
 from espalier.use.verify import Finding, verify
 from espalier.use.verify_merged import verify_gguf, verify_merged
 
