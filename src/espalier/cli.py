@@ -250,12 +250,16 @@ def merge_command(
         Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"] | None,
         typer.Option("--quantize", help="Of the matrices in a GGUF; else f16."),
     ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Unpack a 4- or 8-bit base; else it is refused.")
+    ] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write base + adapter as one model, read it back, and compare it with base + adapter."""
     from espalier.use.merge_command import run_merge
 
-    raise typer.Exit(run_merge(adapters, weights, output_dir, model_path, dtype, format, quantize, trust_remote_code))
+    code = run_merge(adapters, weights, output_dir, model_path, dtype, format, quantize, trust_remote_code, dequantize)
+    raise typer.Exit(code)
 
 
 @app.command("verify")

@@ -94,9 +94,9 @@ def test_names_of_splits() -> None:
 
 def test_options_that_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="--dtype float32 has no effect on --format gguf"):
-        run_merge(["a"], None, "o", None, "float32", "gguf", None, False)
+        run_merge(["a"], None, "o", None, "float32", "gguf", None, False, False)
     with pytest.raises(UsageError, match="--quantize q8_0 has no effect on --format folder"):
-        run_merge(["a"], None, "o", None, None, "folder", "q8_0", False)
+        run_merge(["a"], None, "o", None, None, "folder", "q8_0", False, False)
 
 
 def test_command(tiny_llama_dir: Path, adapter_good_dir: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from espalier.cli import app
-from espalier.errors import AdapterError, ModelError, RunFolderError
+from espalier.errors import AdapterError, ModelError, RunFolderError, UsageError
 from espalier.model.fingerprint import base_fingerprint
 from espalier.model.load import load_model
 from espalier.use.merge import merge
@@ -130,7 +130,55 @@ def test_quantised_base_is_refused(tiny_llama_dir: Path, adapter_good_dir: Path,
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     with pytest.raises(ModelError, match="the base's weights are quantised") as caught:
         merge(adapter_good_dir, tmp_path / "m", str(base))
-    assert caught.value.todo == "Give the 16-bit original with --model_path."
+    assert caught.value.todo == (
+        "Give the 16-bit original with --model_path, or merge into these weights unpacked, by --dequantize."
+    )
+    for kind in ("gptq", "awq"):
+        quantization = {"quant_method": kind, "bits": 4}
+        (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        with pytest.raises(ModelError, match=f"weights of kind {kind} cannot be de-quantised here"):
+            merge(adapter_good_dir, tmp_path / "m", str(base), dequantize=True)
+    with pytest.raises(UsageError, match="is not quantised"):
+        merge(adapter_good_dir, tmp_path / "m", str(tiny_llama_dir), dequantize=True)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_d10_dequantised_base(shared: Path, tmp_path: Path, bits: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Case D10: merged into the 16-bit original, or into the unpacked weights if asked; each says its losses."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    original = LlamaForCausalLM(LlamaConfig(vocab_size=340, initializer_range=0.2, **sizes)).to(torch.bfloat16)
+    original.save_pretrained(tmp_path / "original")
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "original", quantization_config=BitsAndBytesConfig(**settings), device_map={"": "cpu"}
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        for folder in ("original", "packed"):
+            shutil.copyfile(shared / "tiny-llama" / name, tmp_path / folder / name)
+    adapter = make_adapter(tmp_path / "original", tmp_path / "a", target_modules=["q_proj", "down_proj"])
+    merge(adapter, tmp_path / "m16", str(tmp_path / "original"), "float32")
+    found = merge(adapter, tmp_path / "m", str(tmp_path / "packed"), "float32", dequantize=True)
+    lines = found.lines()
+    assert lines[2].startswith(f"the base's {bits}-bit weights were de-quantised to bfloat16")
+    before, after = found.comparison.losses[1:]
+    assert lines[-1].endswith(f"base + adapter {before:.4f}, merged {after:.4f}")
+    assert before == pytest.approx(after, abs=1e-5)
+    into_original, unpacked = (load_file(tmp_path / name / "model.safetensors") for name in ("m16", "m"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = packed.dequantize(torch.bfloat16).state_dict()[name].float()
+    delta = into_original[name] - original.state_dict()[name].float()
+    assert (unpacked[name] - base - delta).abs().max() < 1e-5
+    assert (base - original.state_dict()[name].float()).abs().max() > 1e-3
+    assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
+    theirs = logits(PeftModel.from_pretrained(packed.float(), str(adapter)))
+    assert (logits(loaded(tmp_path / "m")) - theirs).abs().max() < 1e-3
 
 
 def test_taken_folder_is_refused(tiny_llama_dir: Path, adapter_good_dir: Path, tmp_path: Path) -> None:

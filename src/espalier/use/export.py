@@ -21,6 +21,7 @@ def export_gguf(
     model_path: str | None = None,
     quantize: str | None = "f16",
     trust_remote_code: bool = False,
+    dequantize: bool = False,
 ) -> list[str]:
     """Write base + adapter (or, with quantize None, the adapter alone) as a GGUF file into a new folder.
 
@@ -29,7 +30,7 @@ def export_gguf(
     """
     output = Path(output_dir)
     with new_folder(output) as (scratch, ready):
-        source = open_source(adapter, model_path, scratch, trust_remote_code)
+        source = open_source(adapter, model_path, scratch, trust_remote_code, dequantize)
         family_of(source.config)
         lines = _adapter(source, ready, output) if quantize is None else _model(source, ready, output, quantize)
         about = {"format": "gguf-lora" if quantize is None else "gguf", "quantize": quantize or "f32"}

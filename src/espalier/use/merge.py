@@ -34,8 +34,8 @@ class Comparison:
     """The merged model, read from disk, against base + adapter: both in float32, on `num_positions` places of prompts.
 
     difference: largest |logit difference|. effect: that between adapter and base. lost: root mean square of the
-    difference over that of the effect. same_token: share of places with the same likeliest token. probes: what the
-    merged model says after each prompt.
+    difference over that of the effect. same_token: share of places with the same likeliest token. losses: nats a token
+    of the prompts' own text, by base, base + adapter, merged. probes: what the merged model says after each prompt.
     """
 
     num_prompts: int
@@ -44,6 +44,7 @@ class Comparison:
     effect: float
     lost: float
     same_token: float
+    losses: tuple[float, float, float]
     probes: tuple[Probe, ...]
 
 
@@ -66,6 +67,7 @@ class Merged:
             f"read back and compared with base + adapter on {seen.num_prompts} prompts ({seen.num_positions} places): "
             f"largest logit difference {seen.difference:.2g}, the adapter's own effect is {seen.effect:.2g}; "
             f"the likeliest token is the same at {100 * seen.same_token:.1f} %",
+            "loss on the text of these prompts: base {:.4f}, base + adapter {:.4f}, merged {:.4f}".format(*seen.losses),
         ]
         if seen.effect == 0:
             found.append("warning: the adapter changes no logit of these prompts")
@@ -85,17 +87,19 @@ def merge(
     model_path: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
 ) -> Merged:
     """Write base + adapter to `output_dir`, which appears only when it was read back and compared.
 
-    adapter: a folder, or folders with the weight of each: the sum of the weighted changes is written then.
+    adapter: a folder, or folders with the weight of each: the sum of the weighted changes is written then. dequantize:
+    unpack a base that is stored in 4 or 8 bits, which is refused else.
     dtype: that of the weights written: float32, bfloat16 or float16; None keeps the base's own. Raises RunFolderError
     where the folder is taken or the disk does not hold it, AdapterError and ModelError for what does not fit or cannot
     be merged.
     """
     output = Path(output_dir)
     with new_folder(output) as (scratch, ready):
-        source = open_source(adapter, model_path, scratch, trust_remote_code)
+        source = open_source(adapter, model_path, scratch, trust_remote_code, dequantize)
         unchanged = write_weights(source, ready, dtype)
         write_companions(source, ready, dtype)
         comparison = compare(source, ready)
@@ -217,5 +221,15 @@ def compare(source: Source, merged: Path, rows: Sequence[Sequence[int]] | None =
         effect=float(effect.abs().max()),
         lost=float(error.square().mean().sqrt()) / spread if spread else 0.0,
         same_token=float(same),
+        losses=(_loss(rows, before), _loss(rows, adapter), _loss(rows, after)),
         probes=tuple(probe_of(ids, logits[-1]) for ids, logits in zip(rows, after, strict=True)),
     )
+
+
+def _loss(rows: Sequence[Sequence[int]], logits: Sequence[torch.Tensor]) -> float:
+    """Nats a token of the rows' own next tokens; logits: float32 [T, V] of each row's last T places."""
+    import torch
+
+    kept = [(found[:-1], torch.tensor(list(ids[1 - len(found) :]))) for ids, found in zip(rows, logits, strict=True)]
+    values, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return float(torch.nn.functional.cross_entropy(values, targets))

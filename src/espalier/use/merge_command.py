@@ -18,6 +18,7 @@ def run_merge(
     format: str,
     quantize: str | None,
     trust_remote_code: bool,
+    dequantize: bool,
 ) -> int:
     """The command: merges, prints the report, returns the exit code."""
     from espalier.model.embedded import quiet_transformers
@@ -31,10 +32,10 @@ def run_merge(
     adapter = weighted(adapters, weights)
     with quiet_transformers():
         if format == "folder":
-            lines = merge(adapter, output_dir, model_path, dtype, trust_remote_code).lines()
+            lines = merge(adapter, output_dir, model_path, dtype, trust_remote_code, dequantize).lines()
         else:
             kind = None if format == "gguf-lora" else quantize or "f16"
-            lines = export_gguf(adapter, output_dir, model_path, kind, trust_remote_code)
+            lines = export_gguf(adapter, output_dir, model_path, kind, trust_remote_code, dequantize)
     for line in lines:
         print(line)
     return 0

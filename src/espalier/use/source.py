@@ -9,11 +9,12 @@ from typing import Any
 
 from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import ChatTemplate, resolve_template
-from espalier.errors import AdapterError, ModelError
+from espalier.errors import AdapterError, ModelError, UsageError
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
 from espalier.model.load import ModelPath, load_config, sane_generation_config
 from espalier.model.load_adapter import NO_FINGERPRINT, check_adapter_folder, read_record, to_stderr
 from espalier.use.adapter_base import adapter_tokenizer, find_base
+from espalier.use.dequantize import dequantized
 from espalier.use.merged_weights import MergedWeights, adapted_model, empty_base
 from espalier.use.shards import NamedTensors, Shards, safetensors_folder
 from espalier.use.weighted_sum import weighted_sum
@@ -37,27 +38,39 @@ class Source:
     trust_remote_code: bool
 
 
-def open_source(adapter: Adapters, model_path: str | None, scratch: Path, trust_remote_code: bool = False) -> Source:
-    """Find and check all that a merge needs. `scratch`: a folder for what has to be unpacked or summed first."""
+def open_source(
+    adapter: Adapters, model_path: str | None, scratch: Path, trust_remote_code: bool = False, dequantize: bool = False
+) -> Source:
+    """Find and check all that a merge needs. `scratch`: a folder for what has to be unpacked or summed first.
+
+    dequantize: unpack a base that is stored in 4 or 8 bits, which is refused else.
+    """
     weights_of = dict(adapter) if isinstance(adapter, Mapping) else {adapter: 1.0}
     folders = [check_adapter_folder(each) for each in weights_of]
     folder = folders[0]
     base = find_base(folder, model_path)
     config = load_config(base, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None and base.kind != "gguf":
+    quantised = getattr(config, "quantization_config", None) is not None and base.kind != "gguf"
+    if quantised and not dequantize:
         raise ModelError(
             "the base's weights are quantised: a sum rounded to so few bits is not the adapter that was trained",
             where=base.said,
-            todo="Give the 16-bit original with --model_path.",
+            todo="Give the 16-bit original with --model_path, or merge into these weights unpacked, by --dequantize.",
         )
-    where, note = safetensors_folder(base, scratch / "base")
+    if dequantize and not quantised:
+        raise UsageError(f"{base.said} is not quantised", where="--dequantize", todo="Leave it out.")
+    if quantised:
+        where, note = scratch / "base", dequantized(base, config, folders, scratch / "base")
+    else:
+        where, note = safetensors_folder(base, scratch / "base")
     if note is not None:
         config = load_config(where, trust_remote_code)
     tokenizer, notices = adapter_tokenizer(folder, base, trust_remote_code)
     notes = [f"base: {base.said}", *([] if note is None else [note]), *notices]
     empty = empty_base(config, trust_remote_code)
     shards = Shards(where, getattr(empty, "all_tied_weights_keys", None))
-    _check_bases(folders, base, empty, shards)
+    if not quantised:
+        _check_bases(folders, base, empty, shards)
     if isinstance(adapter, Mapping):
         folder = weighted_sum(
             dict(zip(folders, weights_of.values(), strict=True)), config, scratch / "sum", trust_remote_code
