@@ -59,6 +59,7 @@ def open_source(
         )
     if dequantize and not quantised:
         raise UsageError(f"{base.said} is not quantised", where="--dequantize", todo="Leave it out.")
+    note: str | None
     if quantised:
         where, note = scratch / "base", dequantized(base, config, folders, scratch / "base")
     else:
