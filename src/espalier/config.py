@@ -61,6 +61,10 @@ class RunConfig:
     eval_fraction: float = option(
         0.0, "share of the prompts of --dataset_path to hold out, chosen by content", "Data", common=True
     )
+    streaming: bool = option(
+        False, "read the rows once, while the run goes on, and keep none; needs --max_steps", "Data", common=True
+    )
+    streaming_window: int = option(4096, "with --streaming: rows looked ahead, within which they are shuffled", "Data")
     num_encode_workers: int | None = option(None, "processes that encode rows; not set: all cores", "Data")
 
     # Model

@@ -11,15 +11,16 @@ import numpy as np
 from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.encode.store import EncodedDataset
 from espalier.errors import DataError, UsageError
+from espalier.training.streaming import StreamedSteps
 
 
 def as_encoded(rows: Any, *, tokenizer: Any, model: Any, template: str | None, max_length: int | None) -> Any:
-    """None stays None; an EncodedDataset stays itself; other rows are encoded.
+    """None stays None; an EncodedDataset or a stream stays itself; other rows are encoded.
 
     rows: an iterable of mappings, with `input_ids` and `labels` (taken as they are), or with columns that
     `examples_from_records` understands. Raises DataError that lists all rows which cannot be used.
     """
-    if rows is None or isinstance(rows, EncodedDataset):
+    if rows is None or isinstance(rows, EncodedDataset | StreamedSteps):
         return rows
     first = next(iter(rows), None)
     if first is None:

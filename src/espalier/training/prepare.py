@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from espalier.config import RunConfig
 from espalier.data.formats import FormatOptions, bad_rows_error, group_bad_rows
 from espalier.data.rows import BadRow
-from espalier.encode.encode import TOO_LONG, Encoder
+from espalier.encode.encode import Encoder
 from espalier.encode.length import length_limit
 from espalier.encode.stops import check_vocabulary, generation_stop_ids
 from espalier.encode.store import EncodedDataset, EncodeResult, encode_files, overlength_report, split_heldout
@@ -22,6 +25,7 @@ from espalier.model.embedded import cache_root
 from espalier.model.load import ModelPath, check_causal_lm, load_config, load_tokenizer, own_code, resolve_model
 from espalier.model.lora import check_targets, empty_model, num_embedding_rows
 from espalier.training.arguments import refused_options
+from espalier.training.streaming import StreamedSteps, rows_that_stop, stream_digest
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -39,9 +43,10 @@ class Prepared:
     tokenizer: Any
     template: ChatTemplate
     encoder: Encoder
-    train_rows: EncodedDataset
+    train_rows: EncodedDataset | StreamedSteps
     eval_rows: EncodedDataset | None
-    result: EncodeResult
+    sample_ids: npt.NDArray[np.int32]  # of one row, to compare the saved adapter's forward on
+    result: EncodeResult | None  # None: a stream, whose rows are counted as they come
     left_out: tuple[BadRow, ...]
     generation: GenerationConfig
     stop_ids: list[int]
@@ -80,16 +85,23 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
     stop_ids = generation_stop_ids(tokenizer, template, generation.eos_token_id)
     generation.eos_token_id = stop_ids
     encoder = Encoder(tokenizer, template, max_length=limit, overlength=config.overlength, train_on=config.train_on)
-    result = encode_rows(config, config.dataset_path, encoder, say)
-    say_rows("rows", result, limit_reason, say)
-    train_rows, eval_rows = result.dataset, None
-    left_out = list(result.bad)
+    result: EncodeResult | None = None
+    train_rows: EncodedDataset | StreamedSteps
+    eval_rows: EncodedDataset | None = None
+    left_out: list[BadRow] = []
+    if config.streaming:
+        train_rows = streamed_rows(config, encoder, limit_reason, say)
+    else:
+        result = encode_rows(config, config.dataset_path, encoder, say)
+        say_rows("rows", result, limit_reason, say)
+        train_rows = result.dataset
+        left_out += result.bad
     if config.eval_dataset_path:
         eval_result = encode_rows(config, config.eval_dataset_path, encoder, say)
         say_rows("held out", eval_result, limit_reason, say)
         eval_rows = eval_result.dataset
         left_out += eval_result.bad
-    elif config.eval_fraction and len(train_rows):
+    elif config.eval_fraction and isinstance(train_rows, EncodedDataset) and len(train_rows):
         train_rows, eval_rows = split_heldout(train_rows, config.eval_fraction, config.seed)
         say(
             "held out",
@@ -114,13 +126,16 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
         encoder=encoder,
         train_rows=train_rows,
         eval_rows=eval_rows,
+        sample_ids=train_rows[0].input_ids if isinstance(train_rows, EncodedDataset) else train_rows.try_first(),
         result=result,
         left_out=tuple(left_out),
         generation=generation,
         stop_ids=stop_ids,
-        max_steps=count_steps(config, len(train_rows), say),
-        rows_digest=rows_digest(train_rows),
-        data_files=tuple(describe_file(name) for name in config.dataset_path),
+        max_steps=count_steps(config, len(train_rows) if isinstance(train_rows, EncodedDataset) else None, say),
+        rows_digest=rows_digest(train_rows)
+        if isinstance(train_rows, EncodedDataset)
+        else stream_digest(config.dataset_path),
+        data_files=tuple(describe_file(name, whole=not config.streaming) for name in config.dataset_path),
     )
 
 
@@ -146,12 +161,45 @@ def encode_rows(config: RunConfig, files: list[str], encoder: Encoder, say: Head
             progress=progress,
             notice=_noted(say),
         )
-    too_long = [row for row in result.bad if row.reason.startswith(TOO_LONG)]
-    others = [row for row in result.bad if not row.reason.startswith(TOO_LONG)]
-    stopping = (others if config.on_bad_row == "error" else []) + (too_long if config.overlength == "error" else [])
+    stopping = rows_that_stop(result.bad, on_bad_row=config.on_bad_row, overlength=config.overlength)
     if stopping:
         raise bad_rows_error(stopping, result.counts.num_read)
     return result
+
+
+def streamed_rows(config: RunConfig, encoder: Encoder, limit_reason: str, say: Header) -> StreamedSteps:
+    """The rows of a stream, whose first ones are tried. Raises UsageError for options that need all rows at once,
+    DataError where the first rows cannot be used."""
+    problems = []
+    if config.max_steps is None:
+        problems.append("--max_steps is not set, and how many rows there are is not known")
+    if config.num_train_epochs is not None:
+        problems.append(f"--num_train_epochs {config.num_train_epochs:g}: a stream is read once")
+    if config.eval_fraction:
+        problems.append(f"--eval_fraction {config.eval_fraction:g}: give held-out rows with --eval_dataset_path")
+    if "-" in config.dataset_path and config.dataloader_num_workers:
+        problems.append("--dataset_path -: standard input can be read by one process, --dataloader_num_workers 0")
+    if "-" in config.dataset_path and config.resume_from_checkpoint:
+        problems.append("--dataset_path -: standard input cannot be read again to the row where the run stopped")
+    if problems:
+        raise UsageError("these options do not go with --streaming", details=problems, todo="Change them.")
+    assert config.max_steps is not None
+    steps = StreamedSteps(
+        config.dataset_path,
+        encoder,
+        format_options(config),
+        rows_per_step=config.rows_per_step,
+        num_steps=config.max_steps,
+        window_rows=config.streaming_window,
+        seed=config.seed,
+        group_by_prefix=config.group_by_prefix,
+        on_bad_row=config.on_bad_row,
+    )
+    limit = f"limit {encoder.max_length:,} ({limit_reason})" if encoder.max_length is not None else limit_reason
+    window = steps.steps_per_window * steps.rows_per_step
+    say("rows", f"read once, as the run goes on; shuffled within {window:,} rows; {limit}")
+    steps.try_first()
+    return steps
 
 
 def say_rows(topic: str, result: EncodeResult, limit_reason: str, say: Header) -> None:
@@ -166,8 +214,11 @@ def say_rows(topic: str, result: EncodeResult, limit_reason: str, say: Header) -
         say("", line)
 
 
-def count_steps(config: RunConfig, num_rows: int, say: Header) -> int:
-    """Optimizer steps of the run: by epochs, by --max_steps, or the smaller of both (case C22)."""
+def count_steps(config: RunConfig, num_rows: int | None, say: Header) -> int:
+    """Optimizer steps of the run: by epochs, by --max_steps, or the smaller of both (case C22). None: a stream."""
+    if num_rows is None:
+        assert config.max_steps is not None
+        return _said_steps(config, config.max_steps, "--max_steps, or fewer where the rows end", None, say)
     per_epoch = math.ceil(num_rows / config.rows_per_step)
     by_epochs = math.ceil((config.num_train_epochs or 3.0) * per_epoch)
     if config.max_steps is None:
@@ -177,10 +228,15 @@ def count_steps(config: RunConfig, num_rows: int, say: Header) -> int:
     else:
         steps = min(config.max_steps, by_epochs)
         why = f"the smaller of --max_steps {config.max_steps} and {config.num_train_epochs:g} epochs x {per_epoch}"
+    return _said_steps(config, steps, why, num_rows, say)
+
+
+def _said_steps(config: RunConfig, steps: int, why: str, num_rows: int | None, say: Header) -> int:
+    rows = config.rows_per_step if num_rows is None else min(config.rows_per_step, num_rows)
     warmup = math.ceil(config.warmup_steps * steps) if 0 < config.warmup_steps < 1 else int(config.warmup_steps)
     say(
         "steps",
-        f"{steps} ({why}) of {min(config.rows_per_step, num_rows)} rows "
+        f"{steps} ({why}) of {rows} rows "
         f"({config.per_device_train_batch_size} x accumulation {config.gradient_accumulation_steps}); "
         f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, warm-up {warmup} steps",
     )
@@ -199,11 +255,13 @@ def rows_digest(rows: EncodedDataset) -> str:
     return digest.hexdigest()
 
 
-def describe_file(name: str) -> dict[str, Any]:
-    """Name, size and sha256 of a data file; of a pattern, standard input or the hub the name alone."""
+def describe_file(name: str, *, whole: bool = True) -> dict[str, Any]:
+    """Name, size and (whole) sha256 of a data file; of a pattern, standard input or the hub the name alone."""
     path = Path(name)
     if not path.is_file():
         return {"name": name}
+    if not whole:
+        return {"name": path.name, "bytes": path.stat().st_size}
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):

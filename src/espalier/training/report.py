@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import TrainerCallback
+
+from espalier.data.formats import group_bad_rows
+from espalier.data.rows import BadRow
+from espalier.training.checkpoint_files import replace_text
 
 METRICS = "metrics.jsonl"
 
@@ -140,3 +145,27 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class LeftOutLog:
+    """The rows of a stream that are left out: said as they are met, and appended to a file with the step.
+
+    resumed_at: step of the checkpoint that the run goes on from; what the file says of later steps is taken away.
+    """
+
+    def __init__(self, file: Path, notice: Callable[[str], None], *, resumed_at: int | None):
+        self.file, self.notice = file, notice
+        if resumed_at is not None and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= resumed_at]
+            replace_text(file, "".join(kept))
+
+    def add(self, bad: Sequence[BadRow], step: int) -> None:
+        """Note the rows of a step."""
+        self.notice(f"step {step}: {len(bad)} rows left out: {'; '.join(group_bad_rows(bad))}")
+        lines = (json.dumps({"step": step, **asdict(row)}, ensure_ascii=False) + "\n" for row in bad)
+        try:
+            with open(self.file, "a", encoding="utf-8", errors="backslashreplace") as handle:
+                handle.writelines(lines)
+        except OSError as error:
+            self.notice(f"warning: {self.file} cannot be written: {error.strerror}")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from espalier import __version__
 from espalier.config import RunConfig
-from espalier.errors import AdapterError, RunFolderError, TrainingError, UsageError
+from espalier.errors import AdapterError, DataError, RunFolderError, TrainingError, UsageError
 from espalier.runfile import build_config
 from espalier.training.prepare import Prepared, prepare
 
@@ -142,7 +142,7 @@ def quiet_libraries() -> Iterator[None]:
 def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunResult:
     from espalier.training.faults import Interrupted, stop_on_signals
     from espalier.training.rehearsal import Rehearsal
-    from espalier.training.report import METRICS, RunReporter
+    from espalier.training.report import METRICS, LeftOutLog, RunReporter
     from espalier.training.resume import complete_evaluation, has_ended, load_ending, resume_point, stored_state
 
     config = prepared.config
@@ -158,6 +158,8 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunRes
     resumed_at = stored_state(checkpoint).global_step if checkpoint else 0 if config.resume_from_checkpoint else None
     reporter = RunReporter(folder, console, resumed_at=resumed_at)
     trainer.add_callback(reporter)
+    if config.streaming:
+        trainer.left_out = LeftOutLog(folder / LEFT_OUT, trainer.notice, resumed_at=resumed_at).add
     trainer.add_callback(Rehearsal(trainer))
     started = time.perf_counter()
     try:
@@ -173,8 +175,10 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunRes
         reporter.close()
         _say_stopped(trainer, folder, console)
         raise SystemExit(128 + stop.signum) from None
-    except BaseException:
+    except BaseException as error:
         reporter.close()
+        if isinstance(error, DataError) and trainer.state.global_step:  # a row of a stream: what is trained is kept
+            _say_stopped(trainer, folder, console)
         if not config.resume_from_checkpoint and trainer.state.global_step == 0:
             for name in (*trainer.keeper.companions, LEFT_OUT, METRICS):
                 (folder / name).unlink(missing_ok=True)
@@ -290,8 +294,9 @@ def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
         },
         "data": {
             "files": list(prepared.data_files),
-            "read": prepared.result.counts.num_read,
-            "trained": len(prepared.train_rows),
+            # Of a stream nobody knows how many rows it has.
+            "read": prepared.result.counts.num_read if prepared.result else None,
+            "trained": len(prepared.train_rows) if prepared.result else None,
             "held_out": len(prepared.eval_rows) if prepared.eval_rows is not None else 0,
             "fingerprint": prepared.rows_digest,
         },
@@ -365,7 +370,7 @@ def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Con
             todo=f"{error.todo} Make room, then: "
             f"espalier train --config {folder / RUN_FILE} --resume_from_checkpoint last",
         ) from error
-    check_forward(trainer.model, folder, prepared.train_rows[0].input_ids)
+    check_forward(trainer.model, folder, prepared.sample_ids)
     if effect_of(folder) == 0.0:
         raise AdapterError("every lora_B is zero after training: the adapter has no effect", where=str(folder))
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None

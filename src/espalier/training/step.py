@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader, Sampler
 
 from espalier.config import MAX_TOKENS_PER_PACK, MIN_SHARED_TOKENS
+from espalier.data.rows import BadRow
 from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.tree.plan import Pack, plan_step
 
@@ -43,6 +44,7 @@ class StepBatch:
     """One optimizer step. Either packs (the tree) or parts (padded rows) is empty; rows are the step's, in order.
 
     weight_sum: the divisor of the step's mean loss; num_supervised, logical_tokens and unique_tokens: see Pack.
+    Of a stream only: bad, rows of this step that cannot be used; ended, True where the files hold no such step.
     """
 
     rows: tuple[Encoded, ...]
@@ -52,6 +54,8 @@ class StepBatch:
     num_supervised: int
     logical_tokens: int
     unique_tokens: int
+    bad: tuple[BadRow, ...] = ()
+    ended: bool = False
 
     def places(self) -> str:
         """file:line of the rows, for messages."""
@@ -153,5 +157,5 @@ class StepLoader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch to the sampler; the Trainer calls this on loaders that have it."""
-        assert isinstance(self.batch_sampler, StepSampler)
-        self.batch_sampler.set_epoch(epoch)
+        sampler: Any = self.batch_sampler
+        sampler.set_epoch(epoch)

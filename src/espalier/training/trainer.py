@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,12 +22,15 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from espalier.data.formats import group_bad_rows
+from espalier.data.rows import BadRow
 from espalier.errors import CheckpointError, RunFolderError, TrainingError, UsageError
 from espalier.training.checkpoint import CheckpointKeeper, random_state, run_of
 from espalier.training.faults import Interrupted, NonFinite
 from espalier.training.inputs import as_encoded, model_and_tokenizer, pad_id
 from espalier.training.log_window import LogWindow
-from espalier.training.step import StepBatch, StepCollator, StepLoader, StepOptions, StepSampler, order_by_prefix
+from espalier.training.step import StepBatch, StepLoader, StepOptions, StepSampler, order_by_prefix
+from espalier.training.streaming import StepNumbers, StreamCollator, StreamedSteps
 from espalier.tree.attention import choose_attention
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import LossOutput, plain_loss, tree_loss
@@ -105,6 +108,7 @@ class LoraTrainer(Trainer):
         self.attention, self.attention_reason = choose_attention(
             peft_model.config, device=str(args.device), requested=self.options.attention
         )
+        self.left_out: Callable[[Sequence[BadRow], int], None] = self._say_left_out  # told of rows of a stream
         self.keeper = CheckpointKeeper(Path(args.output_dir or "."), keep=self.keep_checkpoints)
         self.stop_signal: int | None = None
         self.notice: Callable[[str], None] = _to_stderr  # where warnings of a running run go
@@ -118,7 +122,7 @@ class LoraTrainer(Trainer):
         super().__init__(
             model=peft_model,
             args=args,
-            data_collator=cast(Any, StepCollator(self.options, self.micro_batch_rows)),
+            data_collator=cast(Any, StreamCollator(self.options, self.micro_batch_rows)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -154,6 +158,11 @@ class LoraTrainer(Trainer):
         loss = sum of token losses / supervised tokens of the whole step, whatever the parts. Returns that mean.
         """
         batch: StepBatch = inputs
+        if not batch.rows:  # of a stream, and all of them were named
+            self._random_at_step = (self.state.global_step, random_state())
+            self._batch, self._step_has_loss = batch, False
+            self._window.add_lost()
+            return torch.zeros((), device=self.args.device)
         if self.options.self_check and batch.packs and not self._checked:
             self._check_tree(model, batch)
         assert batch.weight_sum > 0, "a step without labels cannot exist: such rows are refused when they are encoded"
@@ -233,7 +242,9 @@ class LoraTrainer(Trainer):
         """One batch a step."""
         return self._loader(self.train_dataset, self._train_sampler())
 
-    def _train_sampler(self) -> StepSampler:
+    def _train_sampler(self) -> StepSampler | StepNumbers:
+        if isinstance(self.train_dataset, StreamedSteps):
+            return StepNumbers(self.train_dataset)
         return StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=self._alike)
 
     @cached_property
@@ -248,7 +259,23 @@ class LoraTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         return self._loader(rows, StepSampler(len(rows), size, 0, shuffle=False))
 
-    def _loader(self, rows: Any, sampler: StepSampler) -> StepLoader:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """As HF's, one step at a time. What a stream says beside its rows is heard here: bad rows, and its end."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            if batch.bad:
+                self.train_dataset.check(batch.bad, len(batch.rows) + len(batch.bad))
+                self.left_out(batch.bad, self.state.global_step + 1)
+            if batch.ended:
+                self.notice(f"the rows ended after step {self.state.global_step}: the run ends here")
+                self.control.should_training_stop = True
+                return [], num_items
+        return batches, num_items
+
+    def _say_left_out(self, bad: Sequence[BadRow], step: int) -> None:
+        self.notice(f"step {step}: {len(bad)} rows left out: {'; '.join(group_bad_rows(bad))}")
+
+    def _loader(self, rows: Any, sampler: StepSampler | StepNumbers) -> StepLoader:
         workers = self.args.dataloader_num_workers
         return StepLoader(
             rows,
@@ -267,7 +294,8 @@ class LoraTrainer(Trainer):
 
     def num_examples(self, dataloader: Any) -> int:
         """Rows, not steps."""
-        return len(dataloader.dataset)
+        rows = dataloader.dataset
+        return rows.num_steps * rows.rows_per_step if isinstance(rows, StreamedSteps) else len(rows)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """4 x parameters x computed tokens: forward 2, backward through frozen weights 2."""
