@@ -355,6 +355,7 @@ def _say_stopped(trainer: LoraTrainer, folder: Path, console: Console) -> None:
 
 
 def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Console, seconds: float) -> RunResult:
+    from espalier.training.model_card import write_model_card
     from espalier.training.readback import check_forward, effect_of
     from espalier.use.verify import checked_lines
 
@@ -395,6 +396,8 @@ def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Con
         soft_wrap=True,
     )
     for line in checked_lines(trainer.model, folder, str(prepared.model.path), prepared.config.trust_remote_code):
+        console.print(line, soft_wrap=True, markup=False)
+    for line in write_model_card(prepared, trainer, folder):
         console.print(line, soft_wrap=True, markup=False)
     console.print(f"try it: espalier chat --adapter {folder}", soft_wrap=True)
     return RunResult(folder, steps, seconds, metrics)
