@@ -231,6 +231,13 @@ def test_best_step_skipped_steps_and_no_measures() -> None:
     assert "AutoModelForCausalLM.from_pretrained('owner/base')" in text
 
 
+def test_stream_whose_rows_nobody_has_counted() -> None:
+    record = {"data": {"files": [], "read": None, "trained": None, "held_out": 3}}
+    assert "Rows were read once, while the run went on: 36 at most, 3 held out." in model_card(
+        dataclasses.replace(FACTS, record=record)
+    )
+
+
 def test_texts_of_users_have_no_meaning_in_it() -> None:
     evil = "x](http://e.vil) <img src=x onerror=1> `a` | *b* _c_ &lt; \n# big"
     record = {"data": {"files": [{"name": f"{evil.replace('/', '')}.jsonl"}], "read": 5, "trained": 5}}

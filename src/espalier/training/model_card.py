@@ -101,7 +101,7 @@ def card_facts(prepared: Prepared, trainer: LoraTrainer, folder: Path) -> CardFa
         options=portable_options(prepared.config.to_dict(), base.name),
         template=_file_name(prepared.template.source),
         stop_tokens=[str(t) for t in prepared.tokenizer.convert_ids_to_tokens(prepared.stop_ids)],
-        max_length=prepared.result.max_length,
+        max_length=prepared.encoder.max_length,
         left_out=Counter(row.kind for row in prepared.left_out),
         adapter=str(describe_adapter(trainer.model)),
         steps=state.global_step,
@@ -176,7 +176,10 @@ def _data(facts: CardFacts) -> list[str]:
     ]
     held = f", {data['held_out']:,} held out" if data.get("held_out") else ""
     left = sum(facts.left_out.values())
-    rows = f"{data.get('read', 0):,} rows read, {data.get('trained', 0):,} trained{held}, {left:,} left out."
+    if data.get("read") is None:
+        rows = f"Rows were read once, while the run went on: {facts.steps * _rows_a_step(facts):,} at most{held}."
+    else:
+        rows = f"{data['read']:,} rows read, {data['trained']:,} trained{held}, {left:,} left out."
     kinds = sorted(facts.left_out.items(), key=lambda item: (-item[1], item[0]))
     reasons = [f"- {count:,}: {plain(kind)}" for kind, count in kinds[:REASONS]]
     if len(kinds) > REASONS:
@@ -200,8 +203,8 @@ def _training(facts: CardFacts) -> list[str]:
         f"| held out, step {entry['step']} | {_measures(entry, 'eval_')} |"
         for entry in sorted({entry["step"]: entry for entry in shown}.values(), key=lambda entry: entry["step"])
     ]
-    batch = facts.options["per_device_train_batch_size"] * facts.options["gradient_accumulation_steps"]
-    said = [f"{facts.steps:,} steps of {batch} rows ({facts.epochs:.2f} epochs). Adapter: {plain(facts.adapter)}."]
+    size = f"{facts.steps:,} steps of {_rows_a_step(facts)} rows ({facts.epochs:.2f} epochs)"
+    said = [f"{size}. Adapter: {plain(facts.adapter)}."]
     if facts.best_step is not None:
         said.append(f"The adapter is that of step {facts.best_step}, the best evaluation.")
     if facts.skipped_steps:
@@ -247,6 +250,10 @@ def _use(facts: CardFacts) -> list[str]:
         fenced(python, "python"),
         fenced("".join(f"{line}\n" for line in facts.vllm), "sh"),
     ]
+
+
+def _rows_a_step(facts: CardFacts) -> int:
+    return int(facts.options["per_device_train_batch_size"]) * int(facts.options["gradient_accumulation_steps"])
 
 
 def _vllm_lines(folder: Path, base: str) -> tuple[str, ...]:
