@@ -157,6 +157,7 @@ def test_fast_lora_matches_peft_with_recomputation(dropout: float) -> None:
 
 # The front end itself makes an instance of every autograd function, which PyTorch warns of.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_fast_lora_matches_peft_compiled() -> None:
     """Traced whole, forward and backward, by the compiler's front end; its back end needs a C++ compiler."""
     model = one_layer(bias=True)

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from espalier.encode.encode import IGNORE_INDEX, Encoded
+from espalier.model.load import exact_attention
 
 VOCAB = 97
 
@@ -93,7 +94,7 @@ def tiny_config(model_type: str, fields: dict[str, Any]) -> PretrainedConfig:
 def tiny_model(config: PretrainedConfig, *, seed: int = 0, head: bool = False, **lora: Any) -> PeftModel:
     """Random weights wide enough that attention is far from uniform; LoRA r 4 on all linear layers, B not zero."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(config)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=exact_attention(config))
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if parameter.dim() > 1:

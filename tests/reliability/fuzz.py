@@ -161,10 +161,10 @@ def run_files() -> Target:
 
 def adapter_weights() -> Target:
     """The header and body of adapter_model.safetensors, as chat, merge and --continue_training read it."""
-    from espalier.model.load_adapter import _read_tensors
+    from espalier.model.adapter_tensors import read_tensors
 
     seeds = [(p.name, p.read_bytes()) for p in sorted(CASES.rglob("adapter_model.safetensors"))]
-    return [s for s in seeds if len(s[1]) < 1 << 17], mutate_safetensors, lambda file: _read_tensors(file.parent)
+    return [s for s in seeds if len(s[1]) < 1 << 17], mutate_safetensors, read_tensors
 
 
 def model_weights() -> Target:

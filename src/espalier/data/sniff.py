@@ -132,5 +132,7 @@ def _is_json_list(text: str) -> bool:
 def _is_header(text: str) -> bool:
     """A line of column names of which we know one."""
     first = (_lines(text) or [""])[0]
+    if "\0" in first:  # Python 3.10's csv module raises an error
+        return False
     cells = {cell.strip().strip('"') for cell in next(csv.reader([first.replace("\t", ",").replace(";", ",")]), [])}
     return bool(cells & _KNOWN_COLUMNS) and (len(cells) > 1 or not first.startswith('"'))

@@ -80,7 +80,8 @@ def load_model(
 
     auto_model: Any = transformers.AutoModelForCausalLM
     where, extra = _source(ref)
-    check_causal_lm(load_config(ref, trust_remote_code), said=_said(ref))
+    config = load_config(ref, trust_remote_code)
+    check_causal_lm(config, said=_said(ref))
     check_weights(ref)
     if "gguf_file" in extra:
         extra |= convert_gguf_arguments()
@@ -90,7 +91,7 @@ def load_model(
         model, info = auto_model.from_pretrained(
             where,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=attn_implementation or exact_attention(config),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **extra,
@@ -105,6 +106,14 @@ def load_model(
         )
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def exact_attention(config: Any) -> str | None:
+    """The stock attention that computes what the config says; None: the model's own choice does.
+
+    transformers before 5.24 takes sdpa for models that cap their scores (Gemma 2), and leaves the cap out unsaid.
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def check_causal_lm(config: Any, said: str = "the model") -> None:
