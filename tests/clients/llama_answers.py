@@ -1,12 +1,16 @@
-"""Runs in the environment that has xllamacpp: prompts as token ids through a GGUF model, greedy tokens out, as JSON.
+"""Runs in the environment that has xllamacpp: what llama.cpp reads and answers, as JSON.
 
 usage: llama_answers.py REQUEST.json ANSWERS.json
+
+The request: model and lora (files), max_new_tokens; prompts (token ids) to continue greedily; chats (messages),
+each laid out by the model's own chat template and tokenized as llama-server does it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +27,37 @@ def main() -> None:
         adapter.path, adapter.scale = request["lora"], 1.0
         params.lora_adapters = [adapter]
     server = xllamacpp.Server(params)
-    answers = []
-    for ids, text in zip(request["prompts"], request["texts"], strict=True):
-        settings: dict[str, Any] = {"temperature": 0.0, "n_probs": 5}
-        settings["n_predict"] = request["max_new_tokens"]
-        reply = server.handle_completions({"prompt": ids, **settings})["choices"][0]
-        content = reply["logprobs"]["content"]
-        read = server.handle_completions({"prompt": text, "n_predict": 1})["usage"]["prompt_tokens"]
-        answers.append(
-            {
-                "ids": [token["id"] for token in content],
-                "first": {str(token["id"]): token["logprob"] for token in content[0]["top_logprobs"]},
-                "prompt_tokens": read,
-            }
-        )
+    answers = {
+        "answers": [answer(server, ids, request["max_new_tokens"]) for ids in request["prompts"]],
+        "chats": [read(server.listening_address, messages) for messages in request["chats"]],
+    }
     Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")
+
+
+def answer(server: Any, ids: list[int], max_new_tokens: int) -> dict[str, Any]:
+    settings = {"temperature": 0.0, "n_probs": 5, "n_predict": max_new_tokens}
+    reply = server.handle_completions({"prompt": ids, **settings})["choices"][0]
+    content = (reply.get("logprobs") or {}).get("content") or []  # none where the first token ends the answer
+    return {
+        "ids": [token["id"] for token in content],
+        "text": reply["text"],
+        "first": {str(token["id"]): token["logprob"] for entry in content[:1] for token in entry["top_logprobs"]},
+    }
+
+
+def read(address: str, messages: list[dict[str, str]]) -> list[int]:
+    """The ids of a chat: the start token is added by the tokenizer where the file says so."""
+    prompt = post(f"{address}/apply-template", {"messages": messages})["prompt"]
+    tokens: list[int] = post(f"{address}/tokenize", {"content": prompt, "add_special": True, "parse_special": True})[
+        "tokens"
+    ]
+    return tokens
+
+
+def post(address: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        return json.load(reply)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from espalier.encode.template import resolve_template
 from espalier.model.load import load_model, load_tokenizer
 from espalier.model.load_adapter import load_adapter
 from espalier.use.chat import find_base
 from espalier.use.export import export_gguf
 from espalier.use.generate import generate
+from espalier.use.probes import prompt_ids
 
 pytestmark = pytest.mark.clients
 HERE = Path(__file__).parent
@@ -31,9 +33,17 @@ def xllamacpp_python(client_python: Any) -> Path:
     return client_python("xllamacpp", "xllamacpp")
 
 
-def ask(python: Path, tmp_path: Path, model: Path, lora: Path | None, prompts: Any, texts: list[str]) -> Any:
-    request = {"model": str(model), "lora": lora and str(lora), "prompts": prompts, "texts": texts}
-    (tmp_path / "request.json").write_text(json.dumps(request | {"max_new_tokens": NUM_TOKENS}))
+def ask(
+    python: Path,
+    tmp_path: Path,
+    model: Path,
+    lora: Path | None,
+    prompts: Any,
+    chats: Any,
+    max_new_tokens: int = NUM_TOKENS,
+) -> Any:
+    request = {"model": str(model), "lora": lora and str(lora), "prompts": prompts, "chats": chats}
+    (tmp_path / "request.json").write_text(json.dumps(request | {"max_new_tokens": max_new_tokens}))
     command = [str(python), str(HERE / "llama_answers.py"), str(tmp_path / "request.json"), str(tmp_path / "out.json")]
     subprocess.run(command, check=True, capture_output=True)
     return json.loads((tmp_path / "out.json").read_text())
@@ -47,26 +57,27 @@ def test_greedy_tokens_are_ours(xllamacpp_python: Path, tmp_path: Path, form: st
     base = find_base(Path(adapter), None)
     tokenizer = load_tokenizer(adapter)
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[:NUM_PROMPTS]]
-    texts = [tokenizer.apply_chat_template(_prompt(row), tokenize=False, add_generation_prompt=True) for row in rows]
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    chats = [_prompt(row) for row in rows]
+    prompts = [prompt_ids(tokenizer, resolve_template(tokenizer), chat) for chat in chats]
     if form == "gguf":
         export_gguf(adapter, tmp_path / "g", None, "f16")
         model, lora = tmp_path / "g" / "model-f16.gguf", None
     else:
         export_gguf(adapter, tmp_path / "a", None, None)
         model, lora = _base_gguf(base, tokenizer, tmp_path / "base.gguf"), tmp_path / "a" / "adapter.gguf"
-    theirs = ask(xllamacpp_python, tmp_path, model, lora, prompts, texts)
+    theirs = ask(xllamacpp_python, tmp_path, model, lora, prompts, chats)
     live = load_adapter(load_model(base, device="cpu", dtype=torch.float32), adapter)
     stops = [tokenizer.eos_token_id]
     ours = generate(live, tokenizer, prompts, max_new_tokens=NUM_TOKENS, stop_ids=stops)
-    assert [answer["prompt_tokens"] for answer in theirs] == [len(ids) for ids in prompts]
+    assert theirs["chats"] == prompts
     equal = total = 0
-    for mine, answer in zip(ours, theirs, strict=True):
+    for mine, answer in zip(ours, theirs["answers"], strict=True):
         wanted = list(mine.ids)
         got = [token for token in answer["ids"] if token not in stops]
         equal += sum(a == b for a, b in zip(wanted, got, strict=False))
         total += max(len(wanted), len(got))
-    print(f"{form}: {equal} of {total} greedy tokens equal; {_first_difference(live, prompts, theirs):.4f} mean")
+    off = _first_difference(live, prompts, theirs["answers"])
+    print(f"{form}: {equal} of {total} greedy tokens equal; next token's log-probabilities {off:.4f} apart on average")
     assert total > 100
     assert equal >= 0.95 * total
 

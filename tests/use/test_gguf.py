@@ -17,7 +17,8 @@ from espalier.errors import AdapterError, ModelError, UsageError
 from espalier.model.load import load_model, load_tokenizer
 from espalier.model.load_adapter import load_adapter
 from espalier.use.export import export_gguf
-from espalier.use.gguf_vocab import LLAMA3_SPLIT, add_vocabulary, split_name
+from espalier.use.gguf import _context_length, family_of
+from espalier.use.gguf_vocab import LLAMA3_SPLIT, _check_sentencepiece, add_vocabulary, split_name
 from espalier.use.merge_command import run_merge
 
 IDS = torch.tensor([[0, 51, 28, 279, 287]])
@@ -115,6 +116,7 @@ def test_other_families(shared: Path, tmp_path: Path, family: str) -> None:
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     # transformers' reader takes 128 for every Qwen 3, and hidden / heads for Qwen 2.
     settings |= {} if family == "Qwen2" else {"head_dim": 128 if family == "Qwen3" else 8}
+    settings |= {"head_dim": 256} if family == "Gemma2" else {}  # the reader takes 256 for query_pre_attn_scalar
     config = getattr(transformers, f"{family}Config")(**settings)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
@@ -129,3 +131,50 @@ def test_other_families(shared: Path, tmp_path: Path, family: str) -> None:
     expected = logits(load_adapter(loaded(base), adapter))
     assert (expected - logits(loaded(base))).abs().max() > 0.01
     assert (logits(loaded(tmp_path / "g" / "model-f32.gguf")) - expected).abs().max() < 1e-3
+
+
+def gemma3(**settings: Any) -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4, "head_dim": 8}
+    return transformers.Gemma3TextConfig(**{"vocab_size": 344, "query_pre_attn_scalar": 8, **sizes, **settings})
+
+
+def test_gemma_that_llama_cpp_would_compute_otherwise() -> None:
+    assert family_of(gemma3()).arch == "gemma3"
+    with pytest.raises(
+        ModelError, match="scales this model's attention by 8, its config says query_pre_attn_scalar 16"
+    ):
+        family_of(gemma3(query_pre_attn_scalar=16))
+    with pytest.raises(ModelError, match="lets every layer 6 see all"):
+        family_of(gemma3(layer_types=["full_attention"] * 12))
+
+
+def sentencepiece(**parts: Any) -> dict[str, Any]:
+    model = {"vocab": {text: i for i, text in enumerate(("a", "b", "c", "ab", "bc", "abc"))}}
+    model["merges"] = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]
+    return {"normalizer": {"type": "Prepend", "prepend": "\u2581"}, "added_tokens": [], "model": model} | parts
+
+
+def test_sentencepiece_that_llama_cpp_would_read_otherwise() -> None:
+    _check_sentencepiece(sentencepiece())
+    with pytest.raises(ModelError, match="does not do what this tokenizer does to a text first: NFKC"):
+        _check_sentencepiece(sentencepiece(normalizer={"type": "NFKC"}))
+    form = sentencepiece()
+    form["model"]["merges"].pop()
+    with pytest.raises(ModelError, match="would join tokens otherwise than this tokenizer does, in 1 cases") as caught:
+        _check_sentencepiece(form)
+    assert caught.value.details == ("'a' + 'bc'",)
+    form["model"]["merges"].insert(0, ["a", "bc"])
+    with pytest.raises(ModelError, match="in 1 cases") as caught:
+        _check_sentencepiece(form)
+    assert caught.value.details == ("'abc', whose pairs have ranks of their own",)
+
+
+def test_context_ends_at_a_window_that_llama_cpp_does_not_know() -> None:
+    family = family_of(transformers.MistralConfig())
+    assert (
+        _context_length(transformers.MistralConfig(max_position_embeddings=32768, sliding_window=4096), family) == 4096
+    )
+    assert (
+        _context_length(transformers.MistralConfig(max_position_embeddings=32768, sliding_window=None), family) == 32768
+    )
+    assert _context_length(gemma3(max_position_embeddings=32768), family_of(gemma3())) == 32768

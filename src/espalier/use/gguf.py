@@ -30,12 +30,16 @@ class Family:
     """How a model type of transformers is laid out in GGUF.
 
     arch: ggml's name. interleaved: ggml rotates neighbouring pairs where transformers rotates halves, so the rows of
-    q and k are reordered. norm_plus_one: ggml keeps a norm's weight with the 1 that the model's code adds.
+    q and k are reordered. norm_plus_one: ggml keeps a norm's weight with the 1 that the model's code adds. full_every:
+    ggml lets every so many-th layer see all, and the others the sliding window. large_layers: with so many layers
+    ggml scales attention by the hidden size a head instead of the head's size.
     """
 
     arch: str
     interleaved: bool = False
     norm_plus_one: bool = False
+    full_every: int = 0
+    large_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,8 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "gemma": Family("gemma", norm_plus_one=True),
-    "gemma2": Family("gemma2", norm_plus_one=True),
+    "gemma2": Family("gemma2", norm_plus_one=True, full_every=2, large_layers=46),
+    "gemma3_text": Family("gemma3", norm_plus_one=True, full_every=6, large_layers=62),
 }
 
 
@@ -67,7 +72,23 @@ def family_of(config: Any) -> Family:
     rope = _rope(config)
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
         raise ModelError(f"no GGUF can be written for rotary scaling of type {rope['rope_type']!r}")
+    if family.full_every:
+        _check_gemma(config, family)
     return family
+
+
+def _check_gemma(config: Any, family: Family) -> None:
+    """What ggml computes for Gemma 2 and 3 without asking the file must be what the config says."""
+    per_head = config.hidden_size // config.num_attention_heads
+    scale = per_head if config.num_hidden_layers == family.large_layers else config.head_dim
+    if config.query_pre_attn_scalar != scale:
+        raise ModelError(
+            f"llama.cpp scales this model's attention by {scale}, its config says query_pre_attn_scalar "
+            f"{config.query_pre_attn_scalar}",
+        )
+    full = [kind == "full_attention" for kind in config.layer_types]
+    if full != [(i + 1) % family.full_every == 0 for i in range(len(full))]:
+        raise ModelError(f"llama.cpp lets every layer {family.full_every} see all, this model's layers are others")
 
 
 def write_model(
@@ -193,7 +214,7 @@ def _add_settings(writer: Any, config: Any, family: Family, quantize: str) -> No
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_type("model")
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(_context_length(config, family))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -210,16 +231,29 @@ def _add_settings(writer: Any, config: Any, family: Family, quantize: str) -> No
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+    if family.full_every:
+        writer.add_sliding_window(config.sliding_window)
     if family.arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-        writer.add_sliding_window(config.sliding_window)
+    if family.arch == "gemma3":
+        writer.add_rope_freq_base_swa(float(config.rope_parameters["sliding_attention"]["rope_theta"]))
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(quantize, f"MOSTLY_{quantize.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
+def _context_length(config: Any, family: Family) -> int:
+    """In positions: the sliding window where the config has one and ggml's code for the family knows none."""
+    window = getattr(config, "sliding_window", None)
+    slides = config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    limited = not family.full_every and slides and window is not None
+    return min(window, config.max_position_embeddings) if limited else config.max_position_embeddings
+
+
 def _rope(config: Any) -> dict[str, Any]:
-    return dict(getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", 10000.0)})
+    """Of the layers that see all, where the config tells kinds of layers apart."""
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", 10000.0)}
+    return dict(rope.get("full_attention", rope))
 
 
 def _rope_factors(config: Any) -> np.ndarray[Any, Any] | None:

@@ -15,6 +15,7 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+SPACE = "\u2581"
 SPLITS = {LLAMA3_SPLIT: "llama-bpe", LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 
 
@@ -77,6 +78,7 @@ def _add_sentencepiece(writer: Any, form: dict[str, Any], tokenizer: Any, rows: 
     """BPE with byte fallback (Llama 2, Gemma). llama.cpp merges by score: minus the rank of the merge that makes it."""
     import gguf
 
+    _check_sentencepiece(form)
     tokens, types = _tokens(form, rows)
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(form["model"]["merges"]):
@@ -91,8 +93,83 @@ def _add_sentencepiece(writer: Any, form: dict[str, Any], tokenizer: Any, rows: 
     writer.add_token_list(tokens)
     writer.add_token_scores([-float(ranks.get(text, len(ranks))) for text in tokens])
     writer.add_token_types(types)
-    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
-    writer.add_add_space_prefix(tokenizer.convert_ids_to_tokens(ids)[0].startswith("\u2581"))
+    writer.add_add_space_prefix(_space_prefix(tokenizer))
+
+
+def _check_sentencepiece(form: dict[str, Any]) -> None:
+    """Raise ModelError where llama.cpp would join other tokens than BPE does.
+
+    llama.cpp joins any two neighbours that make a token, BPE those of its list of pairs. Both agree where the list
+    holds every pair that makes a token, and the pairs of one token stand together; so it is in tokenizers that were
+    converted from sentencepiece.
+    """
+    unlike = [step["type"] for step in _steps(form.get("normalizer"), "normalizers") if not _plain_step(step)]
+    unlike += [step["type"] for step in _steps(form.get("pre_tokenizer"), "pretokenizers") if not _plain_step(step)]
+    if unlike:
+        raise ModelError(
+            f"llama.cpp does not do what this tokenizer does to a text first: {', '.join(unlike)}",
+            todo="It would read other tokens than were trained.",
+        )
+    vocabulary = form["model"]["vocab"]
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in form["model"]["merges"]]
+    known = set(pairs)
+    skipped = {token["content"] for token in form["added_tokens"]}
+    skipped |= {text for text in vocabulary if text.startswith("<0x") and text.endswith(">")}
+    wrong = [
+        f"{text[:cut]!r} + {text[cut:]!r}"
+        for text in vocabulary
+        if text not in skipped
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary and (text[:cut], text[cut:]) not in known
+    ]
+    made = [left + right for left, right in pairs]
+    seen: set[str] = set()
+    for before, text in zip(["", *made], made, strict=False):
+        if text in seen and text != before:
+            wrong.append(f"{text!r}, whose pairs have ranks of their own")
+        seen.add(text)
+    if wrong:
+        raise ModelError(
+            f"llama.cpp would join tokens otherwise than this tokenizer does, in {len(wrong)} cases",
+            details=wrong[:5],
+            todo="It would read other tokens than were trained.",
+        )
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    return [] if part is None else part.get(key, [part])
+
+
+def _plain_step(step: dict[str, Any]) -> bool:
+    """Marks blanks by \u2581, and no more."""
+    return (
+        step == {"type": "Prepend", "prepend": SPACE}
+        or (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE)
+        or (step["type"] == "Metaspace" and step["replacement"] == SPACE and not step.get("split", True))
+        or (step["type"] == "Split" and step["pattern"] == {"String": " "})  # none are left by then
+    )
+
+
+def _space_prefix(tokenizer: Any) -> bool:
+    """Whether texts, also those after a special token, get a blank in front. Raises ModelError where they differ."""
+
+    def blank(before: str) -> bool:
+        ids = tokenizer(f"{before}a", add_special_tokens=False)["input_ids"]
+        return bool(tokenizer.convert_ids_to_tokens(ids)[1 if before else 0].startswith(SPACE))
+
+    first, later = blank(""), blank(tokenizer.bos_token or tokenizer.eos_token or "")
+    if first != later and not _starts_special(tokenizer):
+        raise ModelError(
+            "this tokenizer puts a blank before the first text only; llama.cpp puts one before all or none",
+            todo="It would read other tokens than were trained.",
+        )
+    return later
+
+
+def _starts_special(tokenizer: Any) -> bool:
+    """The chat template begins with a special token, so that no text is the first."""
+    template = ChatTemplate(tokenizer, "tokenizer's own", "")
+    return bool(template.special_pattern.match(template.try_render([{"role": "user", "content": "a"}])))
 
 
 def _add_special(writer: Any, tokenizer: Any) -> None:
