@@ -246,8 +246,8 @@ def _context_length(config: Any, family: Family) -> int:
     """In positions: the sliding window where the config has one and ggml's code for the family knows none."""
     window = getattr(config, "sliding_window", None)
     slides = config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    limited = not family.full_every and slides and window is not None
-    return min(window, config.max_position_embeddings) if limited else config.max_position_embeddings
+    limit = int(config.max_position_embeddings)
+    return limit if family.full_every or not slides or window is None else min(limit, int(window))
 
 
 def _rope(config: Any) -> dict[str, Any]:
