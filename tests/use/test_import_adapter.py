@@ -11,12 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from small_runs import run, write_rows
 from typer.testing import CliRunner
 
 from espalier.cli import app
 from espalier.errors import AdapterError, EspalierError, RunFolderError, UsageError
 from espalier.model.load import load_model
-from espalier.model.load_adapter import read_record
+from espalier.model.load_adapter import load_adapter, read_record
 from espalier.use.chat import run_chat
 from espalier.use.import_adapter import import_adapter
 from espalier.use.merge import merge
@@ -147,6 +148,54 @@ def test_settings_beside_the_tensors_are_used(tiny_llama_dir: Path, tmp_path: Pa
     assert done.lines[2] == "rank 2, 4 (from the tensors), alpha 8 (adapter_config.json): scale 8 / sqrt of 4"
     over = imported(seed, tmp_path / "b", tiny_llama_dir, lora_alpha=16)
     assert "alpha 16 (--lora_alpha; adapter_config.json says 8)" in over.lines[2]
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_start_that_changed_the_base_becomes_plain(
+    tiny_llama_dir: Path, tmp_path: Path, start: str, settings: dict[str, Any]
+) -> None:
+    """The adapter alone, on the base as it is, gives what was trained: in PEFT, and merged."""
+    model = trained(tiny_llama_dir, target_modules=["q_proj", "v_proj"], init_lora_weights=start, **settings)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "started")
+    done = imported(tmp_path / "started", tmp_path / "a", tiny_llama_dir, lora_alpha=None)
+    assert done.rank == 8
+    assert done.lines[3] == f"what {start} took from the base is part of the adapter now: rank 8, a plain start"
+    plain = load_model(tiny_llama_dir, device="cpu", dtype=torch.float32)
+    before = logits(plain)
+    found = logits(PeftModel.from_pretrained(plain, str(tmp_path / "a")))
+    assert (found - expected).abs().max() < 1e-4
+    assert (found - before).abs().max() > 0.1
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["init_lora_weights"] is True
+    merge(tmp_path / "a", tmp_path / "m", str(tiny_llama_dir))
+    assert (logits(load_model(tmp_path / "m", device="cpu", dtype=torch.float32)) - expected).abs().max() < 1e-4
+
+
+def test_run_of_ours_with_such_a_start_loads_and_becomes_plain(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    run(tiny_llama_dir, rows, tmp_path / "run", num_train_epochs=2, init_lora_weights="pissa")
+    plain = load_model(tiny_llama_dir, device="cpu", dtype=torch.float32)
+    expected = logits(load_adapter(plain, tmp_path / "run"))
+    imported(tmp_path / "run", tmp_path / "a", tiny_llama_dir, lora_alpha=None)
+    said: list[str] = []
+    plain = load_model(tiny_llama_dir, device="cpu", dtype=torch.float32)
+    assert (logits(load_adapter(plain, tmp_path / "a", notice=said.append)) - expected).abs().max() < 1e-4
+    assert said == []
+    assert read_record(tmp_path / "a")["data"] == read_record(tmp_path / "run")["data"]
+
+
+def test_start_that_cannot_be_computed_again(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    model = trained(tiny_llama_dir, target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "a")
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"init_lora_weights": "corda"}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(AdapterError, match="it was started by corda"):
+        imported(tmp_path / "a", tmp_path / "b", tiny_llama_dir)
 
 
 def test_alpha_and_base_must_be_said(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -95,8 +95,11 @@ def check_settings(config: Any, tensors: Mapping[str, torch.Tensor], folder: Pat
 def _check_start(fields: Mapping[str, Any], folder: Path, with_weights: bool) -> None:
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(TAKE_FROM_BASE) and not (with_weights and start in COMPUTED_AGAIN):
+        plain = f"espalier import {folder} --output_dir NEW makes a plain adapter of it."
         raise AdapterError(
             f"it was started by {start}, which takes a part out of the base's weights; here that part is not known",
             where=str(folder / CONFIG),
-            todo="Save it as a plain adapter: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...).",
+            todo=plain
+            if start in COMPUTED_AGAIN
+            else "Save it as a plain adapter: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...).",
         )

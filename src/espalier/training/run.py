@@ -191,6 +191,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
     import torch
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
+    from espalier.model.fingerprint import base_fingerprint
     from espalier.model.load import choose_device, choose_dtype, load_model
     from espalier.training.arguments import training_arguments
     from espalier.training.step import StepOptions
@@ -210,6 +211,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
         )
     set_seed(config.seed)
     base = load_model(prepared.model, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    fingerprint = base_fingerprint(base)  # before PiSSA or OLoRA takes a part out of it
     model = _with_adapter(base, prepared, say)
     args = training_arguments(config, fp16_scaler=dtype == torch.float16)
     args.max_steps = prepared.max_steps
@@ -232,6 +234,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
         ),
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else None,
     )
+    trainer.base_fingerprint = fingerprint
     trainer.remove_callback(PrinterCallback)
     say("lora", str(trainer.lora_counts))
     say("tree", trainer.describe_tree())
@@ -279,13 +282,11 @@ def _with_adapter(base: Any, prepared: Prepared, say: Any) -> Any:
 
 def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
     """What ties an adapter to its base, its template and its rows; written as espalier.json beside it."""
-    from espalier.model.fingerprint import base_fingerprint
-
     tokenizer = prepared.tokenizer
     return {
         "espalier_version": __version__,
         "run": trainer.keeper.run,
-        "base": {"name": prepared.model.name, "fingerprint": base_fingerprint(trainer.model)},
+        "base": {"name": prepared.model.name, "fingerprint": trainer.base_fingerprint},
         "template": prepared.template.source,
         "stop_ids": prepared.stop_ids,
         "fingerprints": {

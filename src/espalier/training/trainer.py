@@ -108,6 +108,7 @@ class LoraTrainer(Trainer):
         self.attention, self.attention_reason = choose_attention(
             peft_model.config, device=str(args.device), requested=self.options.attention
         )
+        self.base_fingerprint: dict[str, Any] | None = None  # of the base as it was loaded, for the record of a run
         self.left_out: Callable[[Sequence[BadRow], int], None] = self._say_left_out  # told of rows of a stream
         self.keeper = CheckpointKeeper(Path(args.output_dir or "."), keep=self.keep_checkpoints)
         self.stop_signal: int | None = None

@@ -19,7 +19,7 @@ from espalier import __version__
 from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import resolve_template
 from espalier.errors import AdapterError, UsageError
-from espalier.model.adapter_settings import CONFIG
+from espalier.model.adapter_settings import COMPUTED_AGAIN, CONFIG
 from espalier.model.adapter_tensors import WHOLE, TensorName, bare_name, parse_name, read_tensors
 from espalier.model.load import (
     ModelPath,
@@ -31,10 +31,11 @@ from espalier.model.load import (
     load_tokenizer,
     sane_generation_config,
 )
-from espalier.model.load_adapter import LEGACY_WEIGHTS, RECORD, WEIGHTS, load_adapter
+from espalier.model.load_adapter import LEGACY_WEIGHTS, RECORD, WEIGHTS, check_base, load_adapter, read_record
 from espalier.model.lora import empty_model
 from espalier.use.adapter_base import find_base
 from espalier.use.new_folder import new_folder
+from espalier.use.plain_adapter import as_plain
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +70,12 @@ def import_adapter(
 
     The rank is read from the tensors; alpha, where no adapter_config.json lies beside them, must be given. Raises
     AdapterError that lists every fault of one kind (names, pairs, ranks, shapes, values), UsageError where alpha or
-    the base is nowhere, and RunFolderError where the folder is taken. Nothing is left behind then.
+    the base is nowhere, and RunFolderError where the folder is taken. Nothing is left behind then. An adapter that
+    PiSSA or OLoRA has started becomes a plain one of twice the rank.
     """
+    import torch
+    from safetensors.torch import save_file
+
     file = find_weights(Path(source).expanduser())
     with new_folder(Path(output_dir)) as (_, ready):
         tensors = read_tensors(file)
@@ -83,7 +88,14 @@ def import_adapter(
         ranks = check_tensors(named, tensors, modules, file)
         made, said = adapter_settings(named, ranks, settings, modules, lora_alpha, use_rslora, file)
         made["base_model_name_or_path"] = base.name
-        _write_weights(ready, named, tensors)
+        found = {name.in_file: tensors[key] for key, name in named.items()}
+        start = str(made.get("init_lora_weights")).lower()
+        if start in COMPUTED_AGAIN:
+            plain = load_model(base, device="cpu", dtype=torch.float32, trust_remote_code=trust_remote_code)
+            made, found = as_plain(plain, made, found, str(file))
+            del plain
+            said.append(f"what {start} took from the base is part of the adapter now: rank {made['r']}, a plain start")
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, ready / WEIGHTS, {"format": "pt"})
         (ready / CONFIG).write_text(json.dumps(made, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         checked = _complete(ready, base, file.parent, template, trust_remote_code, use_cpu)
     lines = (
@@ -349,13 +361,6 @@ def targets(ranks: Mapping[str, int], modules: Mapping[str, nn.Module]) -> list[
     return last if meant == set(ranks) else sorted(ranks)
 
 
-def _write_weights(folder: Path, named: Mapping[str, TensorName], tensors: Mapping[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    found = {name.in_file: tensors[key].contiguous() for key, name in named.items()}
-    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
-
-
 def _complete(
     folder: Path, base: ModelPath, beside: Path, template_name: str | None, trust_remote_code: bool, use_cpu: bool
 ) -> list[str]:
@@ -372,7 +377,11 @@ def _complete(
     generation.save_pretrained(folder)
     device, _ = choose_device(use_cpu)
     model = load_model(base, device=device, dtype=choose_dtype(device)[0], trust_remote_code=trust_remote_code)
-    record = {
+    before = read_record(beside)
+    if before:  # a run of ours
+        check_base(beside, model)
+    record: dict[str, Any] = {
+        **{name: before[name] for name in ("run", "data") if name in before},
         "espalier_version": __version__,
         "made_by": "espalier import",
         "base": {"name": base.name, "fingerprint": base_fingerprint(model)},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import AdapterError, EspalierError
-from espalier.model.adapter_settings import CONFIG
+from espalier.model.adapter_settings import CONFIG, TAKE_FROM_BASE
 from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record
 
 VLLM_DEFAULT_RANK = 16
@@ -160,6 +160,11 @@ def effect(adapted: Any, tokenizer: Any, template: Any, answers: bool = True) ->
 
 def servers(settings: dict[str, Any], folder: Path, base: str) -> list[Finding]:
     """Who serves this adapter, and by which command (case D07). settings: adapter_config.json."""
+    start = str(settings.get("init_lora_weights")).lower()
+    if start.startswith(TAKE_FROM_BASE):
+        plain = f"espalier import {folder} --output_dir {folder.resolve().name}-plain"
+        text = f"vLLM, llama.cpp, merging: {start} has changed the base, which they do not know; make it plain: {plain}"
+        return [Finding("note", text)]
     patterns = settings.get("rank_pattern") or {}
     rank = max([settings.get("r", 8), *patterns.values()])
     whole = [
