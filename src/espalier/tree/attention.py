@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from espalier.errors import ModelError, UsageError
 from espalier.tree.collate import TreeLayout
+from espalier.tree.products import product_backward
 from espalier.tree.support import STOCK_MASK_MODEL_TYPES
 
 ATTENTION_NAMES = ("reference", "merged")
@@ -226,10 +227,6 @@ def merged_attention(
     )
 
 
-# In 16 bits the kernel's backward is several times slower than in float32 up to about this many queries.
-_SHORT_QUERIES = 192
-
-
 class _Merged(torch.autograd.Function):
     """Exact attention over a tree from causal calls alone.
 
@@ -238,7 +235,8 @@ class _Merged(torch.autograd.Function):
     triangle at the top left, and all later queries see all keys. A token's output is the average of its parts,
     weighted by exp(log-sum-exp). The backward hands the kernel the *merged* output and log-sum-exp for every part:
     with p = exp(s - lse) and delta = rowsum(grad * output), both of the whole row, the parts' gradients add up to
-    the whole (the identity that FlashAttention's blocks rest on, arXiv 2205.14135).
+    the whole (the identity that FlashAttention's blocks rest on, arXiv 2205.14135). In bfloat16 products.py does the
+    same without the kernel.
     """
 
     @staticmethod
@@ -276,16 +274,18 @@ class _Merged(torch.autograd.Function):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         query, key, value, output, lse = ctx.saved_tensors
         grad_output, output = grad_output.transpose(1, 2), output.transpose(1, 2)
+        if query.dtype == torch.bfloat16:
+            found = product_backward(ctx.layout.products, grad_output, query, key, value, output, lse, ctx.scale)
+            return *found, None, None
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         for begin, end, last, parent in ctx.layout.segments():
             own, keys = slice(begin, last), slice(begin, end)
-            wide = query.dtype if last - begin > _SHORT_QUERIES else torch.promote_types(query.dtype, torch.float32)
             part = kernel(
-                grad_output[:, :, own].to(wide),
-                query[:, :, own].to(wide),
-                key[:, :, keys].to(wide),
-                value[:, :, keys].to(wide),
-                output[:, :, own].to(wide),
+                grad_output[:, :, own],
+                query[:, :, own],
+                key[:, :, keys],
+                value[:, :, keys],
+                output[:, :, own],
                 lse[:, :, own],
                 0.0,
                 True,

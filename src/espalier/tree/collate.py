@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from espalier.tree.plan import Ints, Pack
+from espalier.tree.products import ProductPlan, product_plan
 
 
 class TreeLayout:
@@ -51,6 +52,11 @@ class TreeLayout:
         segment_of = torch.repeat_interleave(torch.arange(count), torch.tensor(self.length)).to(self.device)
         on_path = torch.from_numpy(above).to(self.device)[segment_of][:, segment_of]
         return on_path & (self.positions[:, None] >= self.positions[None, :])
+
+    @cached_property
+    def products(self) -> ProductPlan:
+        """What the backward multiplies in 16 bits."""
+        return product_plan([segment[:3] for segment in self.segments()], self.num_tokens)
 
     @cached_property
     def causal_mask(self) -> torch.Tensor:
