@@ -3,7 +3,7 @@
 usage: llama_answers.py REQUEST.json ANSWERS.json
 
 The request: model and lora (files), max_new_tokens; prompts (token ids) to continue greedily; chats (messages),
-each laid out by the model's own chat template and tokenized as llama-server does it.
+each laid out by the model's own chat template and tokenized as llama-server does it; talk: whether to answer these too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def main() -> None:
     answers = {
         "answers": [answer(server, ids, request["max_new_tokens"]) for ids in request["prompts"]],
         "chats": [read(server.listening_address, messages) for messages in request["chats"]],
+        "said": [talk(server, messages) for messages in request["chats"] if request["talk"]],
     }
     Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")
 
@@ -52,6 +53,13 @@ def read(address: str, messages: list[dict[str, str]]) -> list[int]:
         "tokens"
     ]
     return tokens
+
+
+def talk(server: Any, messages: list[dict[str, str]]) -> str:
+    """The answer of an OpenAI client that says nothing but the messages: template and end tokens are the file's."""
+    reply = server.handle_chat_completions({"messages": messages, "temperature": 0.0, "max_tokens": 64})
+    text: str = reply["choices"][0]["message"]["content"]
+    return text
 
 
 def post(address: str, body: dict[str, Any]) -> Any:

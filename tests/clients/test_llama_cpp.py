@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from espalier.cli import app
 from espalier.encode.template import resolve_template
+from espalier.model.embedded import EMBEDDED, _installed_gguf
 from espalier.model.load import load_model, load_tokenizer
 from espalier.model.load_adapter import load_adapter
 from espalier.use.chat import find_base
@@ -41,15 +45,16 @@ def ask(
     prompts: Any,
     chats: Any,
     max_new_tokens: int = NUM_TOKENS,
+    talk: bool = False,
 ) -> Any:
-    request = {"model": str(model), "lora": lora and str(lora), "prompts": prompts, "chats": chats}
+    request = {"model": str(model), "lora": lora and str(lora), "prompts": prompts, "chats": chats, "talk": talk}
     (tmp_path / "request.json").write_text(json.dumps(request | {"max_new_tokens": max_new_tokens}))
     command = [str(python), str(HERE / "llama_answers.py"), str(tmp_path / "request.json"), str(tmp_path / "out.json")]
     subprocess.run(command, check=True, capture_output=True)
     return json.loads((tmp_path / "out.json").read_text())
 
 
-@pytest.mark.parametrize("form", ["gguf", "gguf-lora"])
+@pytest.mark.parametrize("form", ["gguf", "gguf-lora", "gguf-lora on the base's own GGUF"])
 def test_greedy_tokens_are_ours(xllamacpp_python: Path, tmp_path: Path, form: str) -> None:
     adapter = os.environ.get("ESPALIER_TEST_ADAPTER")
     if adapter is None:
@@ -65,6 +70,11 @@ def test_greedy_tokens_are_ours(xllamacpp_python: Path, tmp_path: Path, form: st
     else:
         export_gguf(adapter, tmp_path / "a", None, None)
         model, lora = _base_gguf(base, tokenizer, tmp_path / "base.gguf"), tmp_path / "a" / "adapter.gguf"
+        if form.endswith("own GGUF"):
+            own = _installed_gguf(EMBEDDED["smollm2-135m"])
+            if own is None:
+                pytest.skip("the file that the default model comes from is not here")
+            model = own
     theirs = ask(xllamacpp_python, tmp_path, model, lora, prompts, chats)
     live = load_adapter(load_model(base, device="cpu", dtype=torch.float32), adapter)
     stops = [tokenizer.eos_token_id]
@@ -80,6 +90,38 @@ def test_greedy_tokens_are_ours(xllamacpp_python: Path, tmp_path: Path, form: st
     print(f"{form}: {equal} of {total} greedy tokens equal; next token's log-probabilities {off:.4f} apart on average")
     assert total > 100
     assert equal >= 0.95 * total
+
+
+def test_the_demos_adapter_goes_the_whole_way(xllamacpp_python: Path, tmp_path: Path) -> None:
+    """Verified, merged, written as GGUF, all verified; llama.cpp's chat answers five held-out questions as we do."""
+    adapter = os.environ.get("ESPALIER_TEST_ADAPTER")
+    if adapter is None:
+        pytest.skip("ESPALIER_TEST_ADAPTER names no adapter of the default model")
+    merged, files = str(tmp_path / "merged"), str(tmp_path / "g")
+    for argv in (
+        ["verify", adapter, "--use_cpu"],
+        ["merge", "--adapter", adapter, "--output_dir", merged],
+        ["verify", merged],
+        ["merge", "--adapter", adapter, "--output_dir", files, "--format", "gguf"],
+        ["verify", files],
+    ):
+        result = CliRunner().invoke(app, argv)
+        assert result.exit_code == 0, result.output
+        print(f"$ espalier {' '.join(argv)}\n{result.output}")
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()][::15][:5]
+    chats = [_prompt(row) for row in rows]
+    theirs = ask(xllamacpp_python, tmp_path, tmp_path / "g" / "model-f16.gguf", None, [], chats, talk=True)
+    base, tokenizer = find_base(Path(adapter), None), load_tokenizer(adapter)
+    live = load_adapter(load_model(base, device="cpu", dtype=torch.float32), adapter)
+    prompts = [prompt_ids(tokenizer, resolve_template(tokenizer), chat) for chat in chats]
+    assert theirs["chats"] == prompts
+    ours = generate(live, tokenizer, prompts, max_new_tokens=64, stop_ids=[tokenizer.eos_token_id])
+    for row, mine, answer in zip(rows, ours, theirs["said"], strict=True):
+        print(f"{row['input']!r}: wanted {row['output']!r}, ours {mine.text!r}, llama.cpp {answer!r}")
+        assert re.fullmatch(
+            r"queue: (billing|access|delivery|hardware|privacy); level: (urgent|fault|question)", answer
+        )
+        assert answer == mine.text
 
 
 def _prompt(row: dict[str, Any]) -> list[dict[str, str]]:

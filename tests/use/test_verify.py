@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from espalier.cli import app
 from espalier.errors import AdapterError
+from espalier.model.load import load_config
 from espalier.use.verify import Finding, servers, verify
 from whole_adapter import whole
 
@@ -75,6 +76,25 @@ def test_d07_servers(cases: Path) -> None:
     found = servers(json.loads((folder / "adapter_config.json").read_text()), folder, "base")
     refusal = next(entry.text for entry in found if entry.level == "note")
     assert refusal.startswith("vLLM: does not take whole tensors in the adapter (modules_to_save); merge first: ")
+
+
+def test_fused_layers_and_unknown_types(shared: Path, tmp_path: Path) -> None:
+    """Phi 3's qkv_proj for vLLM, and no command for llama.cpp that would be refused."""
+    config = load_config(shared / "tiny-phi3")
+    found = servers(
+        {"r": 8, "target_modules": ["o_proj", "model.layers.0.self_attn.qkv_proj"]}, tmp_path, "base", config
+    )
+    notes = [entry.text for entry in found if entry.level == "note"]
+    assert notes[0].startswith(
+        "vLLM: several layers in one (qkv_proj) are taken for some models only; if not, merge first: "
+    )
+    assert notes[1].startswith("llama.cpp: no GGUF can be written for models of type 'phi3'")
+    assert len(notes) == 2
+    found = servers(
+        {"r": 8, "target_modules": r".*\.(q_proj|v_proj)"}, tmp_path, "base", load_config(shared / "tiny-llama")
+    )
+    assert {entry.level for entry in found} == {"ok"}
+    assert found[-1].text.startswith("llama.cpp: espalier merge --adapter ")
 
 
 def test_command(shared: Path, tmp_path: Path) -> None:

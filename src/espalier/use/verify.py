@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.errors import AdapterError, EspalierError
+from espalier.errors import AdapterError, EspalierError, ModelError
 from espalier.model.adapter_settings import CONFIG, TAKE_FROM_BASE
 from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record
 
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Layers that hold several of the usual ones: Phi 3, GPT-NeoX and Falcon, ChatGLM, Baichuan, GPT-2, MPT.
+FUSED = frozenset({"qkv_proj", "gate_up_proj", "query_key_value", "dense_h_to_4h", "W_pack", "c_attn", "Wqkv"})
 ANSWER_TOKENS = 16
 
 
@@ -55,7 +58,7 @@ def verify(
     found.append(effect(adapted, tokenizer, template))
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     # Its path, not a hub name: the embedded model's weights are not quite those of the hub's.
-    return [*found, *servers(settings, folder, str(base.path))]
+    return [*found, *servers(settings, folder, str(base.path), adapted.config)]
 
 
 def verify_trained(adapted: Any, folder: Path, base: str, trust_remote_code: bool = False) -> list[Finding]:
@@ -69,7 +72,8 @@ def verify_trained(adapted: Any, folder: Path, base: str, trust_remote_code: boo
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = [*files_beside(folder), *same_prompts(folder, tokenizer)]
     found.append(effect(adapted, tokenizer, resolve_template(tokenizer), answers=False))
-    return [*found, *servers(json.loads((folder / CONFIG).read_text(encoding="utf-8")), folder, base)]
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return [*found, *servers(settings, folder, base, adapted.config)]
 
 
 def checked_lines(adapted: Any, folder: Path, base: str, trust_remote_code: bool = False) -> list[str]:
@@ -158,8 +162,11 @@ def effect(adapted: Any, tokenizer: Any, template: Any, answers: bool = True) ->
     return Finding("ok" if largest > 0 else "problem", text)
 
 
-def servers(settings: dict[str, Any], folder: Path, base: str) -> list[Finding]:
-    """Who serves this adapter, and by which command (case D07). settings: adapter_config.json."""
+def servers(settings: dict[str, Any], folder: Path, base: str, config: Any = None) -> list[Finding]:
+    """Who serves this adapter, and by which command (case D07).
+
+    settings: adapter_config.json. base: what a server is given. config: the base's, for what depends on its type.
+    """
     start = str(settings.get("init_lora_weights")).lower()
     if start.startswith(TAKE_FROM_BASE):
         plain = f"espalier import {folder} --output_dir {folder.resolve().name}-plain"
@@ -204,15 +211,36 @@ def servers(settings: dict[str, Any], folder: Path, base: str) -> list[Finding]:
             command += f" --generation-config {folder}"
         if limit is not None:
             found.append(Finding("ok", f"vLLM: {command}"))
+        fused = sorted(FUSED.intersection(_last_names(settings.get("target_modules"))))
+        if fused:
+            text = (
+                f"vLLM: several layers in one ({', '.join(fused)}) are taken for some models only; if not, merge first"
+            )
+            found.append(Finding("note", f"{text}: {merge_first}"))
+    return [*found, _llama_cpp(name, folder, config)]
+
+
+def _llama_cpp(name: str, folder: Path, config: Any) -> Finding:
+    from espalier.use.gguf import family_of
+
+    if config is not None:
+        try:
+            family_of(config)
+        except ModelError as error:
+            return Finding("note", f"llama.cpp: {error}")
     gguf = f"{name}-gguf"
-    found.append(
-        Finding(
-            "ok",
-            f"llama.cpp: espalier merge --adapter {folder} --output_dir {gguf} --format gguf && "
-            f"llama-server -m {gguf}/model-f16.gguf --jinja",
-        )
+    return Finding(
+        "ok",
+        f"llama.cpp: espalier merge --adapter {folder} --output_dir {gguf} --format gguf && "
+        f"llama-server -m {gguf}/model-f16.gguf --jinja",
     )
-    return found
+
+
+def _last_names(target_modules: Any) -> set[str]:
+    """The last part of each name; for a pattern, every word in it."""
+    if isinstance(target_modules, str):
+        return set(re.findall(r"\w+", target_modules))
+    return {str(name).rsplit(".", 1)[-1] for name in target_modules or ()}
 
 
 def _json(file: Path) -> dict[str, Any]:
