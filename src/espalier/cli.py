@@ -11,6 +11,7 @@ import typer
 from espalier import __version__
 from espalier.config import DEFAULT_MODEL
 from espalier.errors import EspalierError, UsageError
+from espalier.use.serving.options import ServeOptions
 
 if TYPE_CHECKING:
     from espalier.encode.encode import Encoder
@@ -210,6 +211,51 @@ def chat_command(
         template,
     )
     raise typer.Exit(code)
+
+
+@app.command("serve")
+def serve_command(
+    adapters: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter", help="Folder of an adapter, or name=folder; several share one base.", show_default=False
+        ),
+    ] = ...,  # type: ignore[assignment]
+    model_path: ModelOption = None,
+    host: Annotated[str, typer.Option("--host", help="Address to serve on.")] = ServeOptions.host,
+    port: Annotated[int, typer.Option("--port", help="Port; 0: any that is free.")] = ServeOptions.port,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api_key", envvar="ESPALIER_API_KEY", help="Ask every request for this key.", show_default=False
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option("--max_queue", help="Requests that may wait while one is answered.")
+    ] = ServeOptions.max_queue,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", help="Longest answer in tokens, whatever a request asks.")
+    ] = ServeOptions.max_new_tokens,
+    template: TemplateOption = None,
+    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Serve adapters over one base by OpenAI's chat API (/v1/chat/completions). Needs the extra 'serve'."""
+    from espalier.use.serving.command import run_serve
+
+    options = ServeOptions(
+        adapters=tuple(adapters),
+        model_path=model_path,
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_queue=max_queue,
+        max_new_tokens=max_new_tokens,
+        template=template,
+        use_cpu=use_cpu,
+        trust_remote_code=trust_remote_code,
+    )
+    raise typer.Exit(run_serve(options))
 
 
 @app.command("demo")

@@ -37,41 +37,48 @@ def to_stderr(line: str) -> None:
 
 
 def load_adapter(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     folder: str | Path,
     *,
     is_trainable: bool = False,
     notice: Callable[[str], None] = to_stderr,
+    name: str = "default",
 ) -> PeftModel:
-    """`model` with the adapter in `folder` on it, every tensor in place.
+    """`model` with the adapter in `folder` on it, every tensor in place. name: what PEFT knows it by.
 
     Keys that torch.compile, DataParallel or a second wrap have spoilt are repaired, with a notice; a base with fewer
     embedding rows than the adapter carries is enlarged (the model itself changes). Raises AdapterError where the
     folder is no adapter, tensors are missing, do not fit or are not finite, or the adapter was made on another base.
     A model without weights (on the device "meta") gets the adapter's tensors only; which base it is stays unchecked.
+    A PeftModel gets the adapter under a new name beside those it has; call check_base on the bare model before.
     """
-    from peft import PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 
     path = check_adapter_folder(folder)
-    empty = model.device.type == "meta"
+    empty, further = model.device.type == "meta", isinstance(model, PeftModel)
     config, tensors = read_settings(path, notice, with_weights=not empty), read_tensors(weights_file(path))
     check_settings(config, tensors, path)
-    if not empty:
+    if not empty and not further:
         check_base(path, model, notice)
-    _enlarge_embeddings(model, tensors, path, notice)
+    if not further:
+        _enlarge_embeddings(model, tensors, path, notice)
     config.inference_mode = not is_trainable
     try:
         with warnings.catch_warnings():
             # PEFT's remarks about transformers' names and tied tables say nothing a user can act on here.
             warnings.simplefilter("ignore")
-            adapted = PeftModelForCausalLM(model, config, low_cpu_mem_usage=empty)
+            if isinstance(model, PeftModel):
+                adapted = model
+                adapted.add_adapter(name, config)
+            else:
+                adapted = PeftModelForCausalLM(model, config, adapter_name=name, low_cpu_mem_usage=empty)
     except Exception as error:  # settings of any type end in any exception inside PEFT
         raise AdapterError(
             f"the adapter does not fit this base: {first_line(error)}",
             where=str(path / CONFIG),
             todo="Give the base that it was trained on (--model_path).",
         ) from error
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     tensors = _repair_keys(tensors, expected, path, notice)
     _check_tensors(tensors, expected, adapted, path)
     if empty:
@@ -79,7 +86,7 @@ def load_adapter(
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a bias beside lora_B it says that its shape is wrong
-            result: Any = set_peft_model_state_dict(adapted, tensors)
+            result: Any = set_peft_model_state_dict(adapted, tensors, adapter_name=name)
         assert not result.unexpected_keys, result.unexpected_keys
     if all(not tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
         notice(f"{path}: every lora_B is zero: this adapter changes nothing")

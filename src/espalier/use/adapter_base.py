@@ -1,4 +1,5 @@
-"""Base and tokenizer of an adapter, ours or another tool's: what its folder says, and what fills in its gaps."""
+"""Base, tokenizer, template and end tokens of an adapter, ours or another tool's: what its folder says, and what fills
+in its gaps."""
 
 from __future__ import annotations
 
@@ -8,13 +9,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-from espalier.errors import AdapterError, ModelError
-from espalier.model.load import ModelPath, load_tokenizer, resolve_model
+from espalier.encode.stops import generation_stop_ids
+from espalier.encode.template import ChatTemplate, resolve_template
+from espalier.errors import AdapterError, ModelError, TemplateError
+from espalier.model.load import ModelPath, load_tokenizer, resolve_model, sane_generation_config
 from espalier.model.load_adapter import read_record, recorded_base_and_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # What Unsloth and others put behind the name of a model to name its 4-bit copy.
 FOUR_BIT = re.compile(r"(-unsloth)?-bnb-4bit$|-4bit$", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """What turns a conversation into the ids of training and ends the answer. stop_ids: ascending."""
+
+    tokenizer: Any
+    template: ChatTemplate
+    stop_ids: tuple[int, ...]
 
 
 def find_base(folder: Path, model_path: str | None) -> ModelPath:
@@ -62,6 +74,28 @@ def adapter_tokenizer(folder: Path, base: ModelPath, trust_remote_code: bool = F
         return tokenizer, []
     tokenizer.chat_template = template
     return tokenizer, [f"{folder}: no chat template beside the adapter: the base's is used"]
+
+
+def adapter_layout(
+    folder: Path, base: ModelPath, template_name: str | None = None, trust_remote_code: bool = False
+) -> tuple[Layout, list[str]]:
+    """(the layout that the adapter was trained in, notices); template_name takes another template.
+
+    Raises TemplateError where neither the adapter nor its base has a template and none is named.
+    """
+    tokenizer, notices = adapter_tokenizer(folder, base, trust_remote_code)
+    if tokenizer.chat_template is None and template_name is None:
+        raise TemplateError(
+            "neither the adapter's folder nor its base has a chat template",
+            where=str(folder),
+            todo="Say which layout it was trained in: --template atom, chatml, plain or a jinja file.",
+        )
+    template = resolve_template(tokenizer, template_name)
+    stops = set(read_record(folder).get("stop_ids", []))
+    for source in (folder, base) if (folder / "generation_config.json").is_file() else (base,):
+        generation, _ = sane_generation_config(source)
+        stops.update(generation_stop_ids(tokenizer, template, generation.eos_token_id))
+    return Layout(tokenizer, template, tuple(sorted(stops))), [*notices, *template.notices()]
 
 
 def _because(found: ModelPath, reason: str) -> ModelPath:

@@ -9,19 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.encode.stops import generation_stop_ids
-from espalier.encode.template import ChatTemplate, resolve_template
-from espalier.errors import EspalierError, TemplateError, UsageError
-from espalier.model.load import (
-    choose_device,
-    choose_dtype,
-    load_model,
-    sane_generation_config,
-)
-from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record, to_stderr
-from espalier.use.adapter_base import adapter_tokenizer
+from espalier.encode.template import ChatTemplate
+from espalier.errors import EspalierError, UsageError
+from espalier.model.load import choose_device, choose_dtype, load_model
+from espalier.model.load_adapter import check_adapter_folder, load_adapter, to_stderr
+from espalier.use.adapter_base import adapter_layout
 from espalier.use.adapter_base import find_base as find_base  # also from here
 from espalier.use.generate import Generated, Sampling, generate, stream
+from espalier.use.probes import prompt_ids
 from espalier.use.prompts import Conversation, from_file, from_stdin, from_texts
 
 HELP = "Type a message; /clear begins anew, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
@@ -40,9 +35,7 @@ class Chat:
 
     def prompt_ids(self, messages: Conversation) -> list[int]:
         """The ids that training put before the answer of this conversation."""
-        text = self.template.render(messages, generation_prompt=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return prompt_ids(self.tokenizer, self.template, messages)
 
     def answers(self, conversations: Sequence[Conversation]) -> list[Generated]:
         return generate(
@@ -151,26 +144,15 @@ def _load(
     use_cpu: bool,
 ) -> Chat:
     base = find_base(folder, model_path)
-    tokenizer, notices = adapter_tokenizer(folder, base, trust_remote_code)
-    if tokenizer.chat_template is None and template_name is None:
-        raise TemplateError(
-            "neither the adapter's folder nor its base has a chat template",
-            where=str(folder),
-            todo="Say which layout it was trained in: --template atom, chatml, plain or a jinja file.",
-        )
-    template = resolve_template(tokenizer, template_name)
+    layout, notices = adapter_layout(folder, base, template_name, trust_remote_code)
     device, device_reason = choose_device(use_cpu)
     dtype, dtype_reason = choose_dtype(device)
     to_stderr(f"base: {base.said}; device: {device} ({device_reason}); {str(dtype).split('.')[-1]} ({dtype_reason})")
-    for line in (*notices, *template.notices()):
+    for line in notices:
         to_stderr(line)
     model = load_model(base, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    stops = set(read_record(folder).get("stop_ids", []))
-    for source in (folder, base) if (folder / "generation_config.json").is_file() else (base,):
-        generation, _ = sane_generation_config(source)
-        stops.update(generation_stop_ids(tokenizer, template, generation.eos_token_id))
     adapted = load_adapter(model, folder)
-    return Chat(adapted, tokenizer, template, tuple(sorted(stops)), max_new_tokens, sampling)
+    return Chat(adapted, layout.tokenizer, layout.template, layout.stop_ids, max_new_tokens, sampling)
 
 
 def _answer_all(chat: Chat, conversations: list[Conversation]) -> None:

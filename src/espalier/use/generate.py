@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ def generate(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             batch = [list(prompts[i]) for i in chosen]
-            room = min(max_new_tokens, _positions(model) - max(map(len, batch)))
+            room = min(max_new_tokens, model_length(model) - max(map(len, batch)))
             if prefix is not None:
                 suffixes = [ids[shared:] for ids in batch]
                 steps = _decode_steps(model, suffixes, sampling, stop_ids, room, copy.deepcopy(prefix))
@@ -127,18 +127,20 @@ def stream(
     max_new_tokens: int,
     stop_ids: Collection[int],
     sampling: Sampling | None = None,
+    ended: Callable[[], bool] = lambda: False,
 ) -> Generator[str, None, Generated]:
     """Yield the answer's text in pieces of whole characters; the generator's return value is the whole answer.
 
-    As `generate` with one prompt. A model without a plain key-value cache (recurrent layers) gives one piece.
+    As `generate` with one prompt. ended: asked after every token; where it says True the answer ends there, as if cut
+    off. A model without a plain key-value cache (recurrent layers) gives one piece.
     """
     sampling = sampling or Sampling()
     _check_room(model, [prompt])
-    room = min(max_new_tokens, _positions(model) - len(prompt))
+    room = min(max_new_tokens, model_length(model) - len(prompt))
     if not keeps_plain_cache(model):
-        answer = generate(
-            model, tokenizer, [prompt], max_new_tokens=room, stop_ids=stop_ids, sampling=sampling, share_prefix=False
-        )[0]
+        with _inference(model, sampling.seed):
+            rows = _plain(model, [list(prompt)], sampling, stop_ids, room, ended)
+        answer = _answer(tokenizer, rows[0], stop_ids)
         yield answer.text
         return answer
     decoder, ids = StreamDecoder(tokenizer), list[int]()
@@ -147,6 +149,8 @@ def stream(
             ids.append(tokens[0])
             if tokens[0] not in stop_ids and (piece := decoder.push(tokens[0])):
                 yield piece
+            if ended():
+                break
     if rest := decoder.flush():
         yield rest
     return _answer(tokenizer, ids, stop_ids)
@@ -256,11 +260,16 @@ def _choose(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def _plain(
-    model: Any, prompts: list[list[int]], sampling: Sampling, stop_ids: Collection[int], num_steps: int
+    model: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    num_steps: int,
+    ended: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
     """The same through transformers' own generate, every prompt whole and padded on the left."""
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     width = max(map(len, prompts))
     pad = min(stop_ids, default=0)
@@ -281,13 +290,16 @@ def _plain(
         generation_config=config_class(
             max_new_tokens=num_steps, eos_token_id=sorted(stop_ids) or None, pad_token_id=pad, **settings
         ),
+        stopping_criteria=StoppingCriteriaList(
+            [lambda ids, scores: torch.full(ids.shape[:1], ended(), device=ids.device)]
+        ),
     )
     rows: list[list[int]] = out[:, width:].tolist()
     return rows
 
 
 def _check_room(model: Any, prompts: Sequence[Sequence[int]]) -> None:
-    positions = _positions(model)
+    positions = model_length(model)
     long = [(i, len(ids)) for i, ids in enumerate(prompts, start=1) if len(ids) >= positions]
     if long:
         raise DataError(
@@ -297,7 +309,7 @@ def _check_room(model: Any, prompts: Sequence[Sequence[int]]) -> None:
         )
 
 
-def _positions(model: Any) -> int:
+def model_length(model: Any) -> int:
     """Tokens that fit into the model; without such a limit in its config, as good as any number."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 

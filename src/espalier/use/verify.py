@@ -12,9 +12,8 @@ from typing import Any
 from espalier.errors import AdapterError, EspalierError, ModelError
 from espalier.model.adapter_settings import CONFIG, TAKE_FROM_BASE
 from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record
+from espalier.use import vllm
 
-VLLM_DEFAULT_RANK = 16
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Layers that hold several of the usual ones: Phi 3, GPT-NeoX and Falcon, ChatGLM, Baichuan, GPT-2, MPT.
 FUSED = frozenset({"qkv_proj", "gate_up_proj", "query_key_value", "dense_h_to_4h", "W_pack", "c_attn", "Wqkv"})
 ANSWER_TOKENS = 16
@@ -172,15 +171,7 @@ def servers(settings: dict[str, Any], folder: Path, base: str, config: Any = Non
         plain = f"espalier import {folder} --output_dir {folder.resolve().name}-plain"
         text = f"vLLM, llama.cpp, merging: {start} has changed the base, which they do not know; make it plain: {plain}"
         return [Finding("note", text)]
-    patterns = settings.get("rank_pattern") or {}
-    rank = max([settings.get("r", 8), *patterns.values()])
-    whole = [
-        *(["modules_to_save"] if settings.get("modules_to_save") else []),
-        *(["trainable_token_indices"] if settings.get("trainable_token_indices") else []),
-    ]
-    reasons = [f"whole tensors in the adapter ({', '.join(whole)})"] if whole else []
-    reasons += ["DoRA"] if settings.get("use_dora") else []
-    reasons += [f"trained biases ({settings['bias']})"] if settings.get("bias", "none") != "none" else []
+    reasons = vllm.refusals(settings)
     name = folder.resolve().name
     merged = f"{name}-merged"
     found = [
@@ -194,22 +185,14 @@ def servers(settings: dict[str, Any], folder: Path, base: str, config: Any = Non
         found.append(Finding("note", f"vLLM: does not take {' or '.join(reasons)}; merge first: {merge_first}"))
         found.append(Finding("ok", f"vLLM, merged: vllm serve {merged} --generation-config {merged}"))
     else:
-        command = f"vllm serve {base} --enable-lora --lora-modules {name}={folder}"
-        limit = next((size for size in VLLM_RANKS if size >= rank), None)
-        if limit is None:
-            found.append(Finding("note", f"vLLM: rank {rank} is over its largest, {VLLM_RANKS[-1]}: {merge_first}"))
-        elif rank > VLLM_DEFAULT_RANK:
-            found.append(
-                Finding(
-                    "note", f"vLLM: rank {rank} is over its default limit of {VLLM_DEFAULT_RANK}, so the limit is set"
-                )
-            )
-            command += f" --max-lora-rank {limit}"
-        if (folder / "chat_template.jinja").is_file():
-            command += f" --chat-template {folder / 'chat_template.jinja'}"
-        if (folder / "generation_config.json").is_file():
-            command += f" --generation-config {folder}"
-        if limit is not None:
+        rank = vllm.largest_rank(settings)
+        command = vllm.command(base, {name: folder}, rank)
+        if command is None:
+            found.append(Finding("note", f"vLLM: rank {rank} is over its largest, {vllm.RANKS[-1]}: {merge_first}"))
+        elif rank > vllm.DEFAULT_RANK:
+            text = f"vLLM: rank {rank} is over its default limit of {vllm.DEFAULT_RANK}, so the limit is set"
+            found.append(Finding("note", text))
+        if command is not None:
             found.append(Finding("ok", f"vLLM: {command}"))
         fused = sorted(FUSED.intersection(_last_names(settings.get("target_modules"))))
         if fused:

@@ -1,0 +1,1 @@
+"""`espalier serve`: an OpenAI-compatible server for adapters over one base. FastAPI and uvicorn, the extra [serve]."""
