@@ -384,12 +384,16 @@ def test_bodies_that_are_none(server: Running) -> None:
     connection.close()
 
 
-def test_log_has_one_line_a_request_without_contents(server: Running) -> None:
-    server.log.clear()
-    server.chat(messages=[{"role": "user", "content": "secret"}], max_tokens=2)
-    server.chat("fig")
-    server.ask("GET", "/a%0a%e4b?key=secret")
-    wait_for(lambda: len(server.log) == 3)
+def test_log_has_one_line_a_request_without_contents(served: Served) -> None:
+    with running(served) as server:
+        asked = [
+            lambda: server.chat(messages=[{"role": "user", "content": "secret"}], max_tokens=2),
+            lambda: server.chat("fig"),
+            lambda: server.ask("GET", "/a%0a%e4b?key=secret"),
+        ]
+        for number, ask in enumerate(asked, start=1):
+            ask()
+            wait_for(lambda n=number: len(server.log) == n)
     assert re.fullmatch(
         r"\d\d:\d\d:\d\d POST /v1/chat/completions 200 pear \d+\+2 tokens length \d+\.\d\d s", server.log[0]
     )
