@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
@@ -22,6 +21,7 @@ from espalier.config import RunConfig
 from espalier.errors import AdapterError, DataError, RunFolderError, TrainingError, UsageError
 from espalier.runfile import build_config
 from espalier.training.prepare import Prepared, prepare
+from espalier.training.record import record
 
 if TYPE_CHECKING:
     from espalier.training.trainer import LoraTrainer
@@ -278,34 +278,6 @@ def _with_adapter(base: Any, prepared: Prepared, say: Any) -> Any:
             "merged model has to be untied",
         )
     return model
-
-
-def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
-    """What ties an adapter to its base, its template and its rows; written as espalier.json beside it."""
-    tokenizer = prepared.tokenizer
-    return {
-        "espalier_version": __version__,
-        "run": trainer.keeper.run,
-        "base": {"name": prepared.model.name, "fingerprint": trainer.base_fingerprint},
-        "template": prepared.template.source,
-        "stop_ids": prepared.stop_ids,
-        "fingerprints": {
-            "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-            "template": _digest(str(tokenizer.chat_template)),
-        },
-        "data": {
-            "files": list(prepared.data_files),
-            # Of a stream nobody knows how many rows it has.
-            "read": prepared.result.counts.num_read if prepared.result else None,
-            "trained": len(prepared.train_rows) if prepared.result else None,
-            "held_out": len(prepared.eval_rows) if prepared.eval_rows is not None else 0,
-            "fingerprint": prepared.rows_digest,
-        },
-    }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_companions(prepared: Prepared, trainer: LoraTrainer, folder: Path, made_of: dict[str, Any]) -> None:
