@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
 from espalier.cli import app
@@ -18,7 +19,7 @@ from espalier.model.load import load_model, load_tokenizer
 from espalier.model.load_adapter import load_adapter
 from espalier.use.export import export_gguf
 from espalier.use.gguf import _context_length, family_of
-from espalier.use.gguf_vocab import LLAMA3_SPLIT, _check_sentencepiece, add_vocabulary, split_name
+from espalier.use.gguf_vocab import LLAMA3_SPLIT, _check_sentencepiece, _space_prefix, add_vocabulary, split_name
 from espalier.use.merge_command import run_merge
 
 IDS = torch.tensor([[0, 51, 28, 279, 287]])
@@ -178,3 +179,24 @@ def test_context_ends_at_a_window_that_llama_cpp_does_not_know() -> None:
         _context_length(transformers.MistralConfig(max_position_embeddings=32768, sliding_window=None), family) == 32768
     )
     assert _context_length(gemma3(max_position_embeddings=32768), family_of(gemma3())) == 32768
+
+
+@pytest.mark.parametrize(
+    ("scheme", "template", "prefix"),
+    [
+        ("always", "Q: {{ messages[0]['content'] }}", True),
+        ("never", "Q: {{ messages[0]['content'] }}", False),
+        ("first", "{{ bos_token }}Q: {{ messages[0]['content'] }}", False),
+        ("first", "Q: {{ messages[0]['content'] }}", None),
+    ],
+)
+def test_blank_in_front(shared: Path, scheme: Any, template: str, prefix: bool | None) -> None:
+    """One before every text, before none, or before the first only: then no prompt may begin with a text."""
+    tokenizer = load_tokenizer(shared / "tok-meta")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.chat_template = template
+    if prefix is None:
+        with pytest.raises(ModelError, match="puts a blank before the first text only"):
+            _space_prefix(tokenizer)
+    else:
+        assert _space_prefix(tokenizer) is prefix
