@@ -89,8 +89,8 @@ tokenizer = AutoTokenizer.from_pretrained(adapter)
 ```
 
 ```sh
-vllm serve path/to/tiny-llama --enable-lora --lora-modules first=ADAPTER --chat-template ADAPTER/chat_template.jinja \
---generation-config ADAPTER
+vllm serve path/to/tiny-llama --enable-lora --lora-modules first=ADAPTER --tokenizer ADAPTER \
+--chat-template ADAPTER/chat_template.jinja --generation-config ADAPTER
 ```
 """
 
