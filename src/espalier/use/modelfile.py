@@ -26,7 +26,7 @@ def modelfile(from_: str, adapter: str | None, template: ChatTemplate, stops: It
     if layout is None:
         said = (
             "its Modelfile has no TEMPLATE: the chat template is more than fixed texts around turns. Ollama then takes "
-            "the GGUF's own chat template, or, in versions before 2026, the likest of those that it knows"
+            "the GGUF's own chat template, or, in older versions, the likest of those that it knows"
         )
     else:
         lines.append(f"TEMPLATE {TRIPLE}{go_template(layout)}{TRIPLE}")
