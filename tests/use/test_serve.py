@@ -374,6 +374,8 @@ def test_bodies_that_are_none(server: Running) -> None:
     assert server.ask("POST", CHAT, b"\xff").status == 400
     assert server.ask("POST", CHAT, b"[" * 100_000).status == 400
     assert server.ask("POST", CHAT, b"[]").error[0] == 400
+    plain = server.ask("POST", CHAT, b"{}", **{"Content-Type": "text/plain"})
+    assert plain.error == (415, None, "the body must be sent as Content-Type: application/json")
     limit = f"the body is over the limit of {MAX_BODY_BYTES:,} bytes"
     assert server.ask("POST", CHAT, None, Content_Length=str(MAX_BODY_BYTES + 1)).error == (413, None, limit)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)

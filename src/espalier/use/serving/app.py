@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from espalier.model.locate import first_line
 from espalier.use.serving.answers import Answer, answer, chunk, completion, prompt_of, usage
-from espalier.use.serving.gate import NOTE, too_large
+from espalier.use.serving.gate import AT_END, NOTE, too_large
 from espalier.use.serving.models import Served
 from espalier.use.serving.requests import ApiError, Ask, ChatRequest, checked
 from espalier.use.serving.worker import Full, GivenUp, Job, Worker
@@ -64,11 +64,11 @@ def build_app(served: Served, worker: Worker, max_new_tokens: int) -> FastAPI:
             def say(piece: str | None) -> None:  # in the worker's thread
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-            job = _submit(worker, served, ask, ids, say)
+            job = _submit(worker, served, ask, ids, say, request)
             job.future.add_done_callback(lambda _: say(None))
             events = _events(worker, job, pieces, ask, head, len(ids), note)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        job = _submit(worker, served, ask, ids, lambda piece: None)
+        job = _submit(worker, served, ask, ids, lambda piece: None, request)
         found = await _unless_left(request, worker, job)
         note.append(f"{len(ids)}+{found.num_tokens} tokens {found.reason}")
         return JSONResponse(completion(head, found, len(ids)))
@@ -77,8 +77,8 @@ def build_app(served: Served, worker: Worker, max_new_tokens: int) -> FastAPI:
     return app
 
 
-def _submit(worker: Worker, served: Served, ask: Ask, ids: list[int], say: Say) -> Job:
-    """The request in the line. Raises ApiError 503 where there is no room in it, or no more time."""
+def _submit(worker: Worker, served: Served, ask: Ask, ids: list[int], say: Say, request: Request) -> Job:
+    """The request in the line, which it leaves when it ends in any way. Raises ApiError 503: no room, or stopping."""
     if worker.stopping:
         raise _stopping()
 
@@ -86,11 +86,13 @@ def _submit(worker: Worker, served: Served, ask: Ask, ids: list[int], say: Say) 
         return answer(served, ask, ids, given_up, say)
 
     try:
-        return worker.submit(work)
+        job = worker.submit(work)
     except Full as full:
         message = f"{worker.num_jobs} requests are being answered or wait (--max_queue); try again"
         headers = {"retry-after": str(full.seconds)}
         raise ApiError(503, message, code="queue_full", headers=headers) from None
+    request.scope[AT_END].append(job.cancel)
+    return job
 
 
 async def _unless_left(request: Request, worker: Worker, job: Job) -> Answer:
@@ -104,7 +106,6 @@ async def _unless_left(request: Request, worker: Worker, job: Job) -> Answer:
             job.cancel()
         return await result
     finally:
-        job.cancel()  # after an answer it does nothing
         left.cancel()
 
 
@@ -156,7 +157,6 @@ async def _events(
     finally:
         if not job.future.done():
             note.append("the client left")
-        job.cancel()
 
 
 def _event(fields: dict[str, Any]) -> str:

@@ -15,7 +15,8 @@ from espalier.use.serving.options import LOOPBACK
 from espalier.use.serving.requests import ApiError
 
 MAX_BODY_BYTES = 4 * 2**20
-NOTE = "espalier.note"  # in the request's scope: a list of what the log's line says besides
+# In the request's scope: a list of what the log's line says besides, and one of what to call at the request's end.
+NOTE, AT_END = "espalier.note", "espalier.at_end"
 
 
 class Gate:
@@ -34,7 +35,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         begin, status, note = time.monotonic(), 0, list[str]()
-        scope[NOTE] = note
+        scope[NOTE], scope[AT_END] = note, list[Callable[[], None]]()
 
         async def counted_send(message: Any) -> None:
             nonlocal status
@@ -44,16 +45,18 @@ class Gate:
 
         try:
             headers = dict(scope["headers"])
-            self._check(scope["path"], headers)
+            self._check(scope["method"], scope["path"], headers)
             await self._app(scope, _limited(receive), counted_send)
         except ApiError as error:
             await respond(error, counted_send)
         finally:
+            for call in scope[AT_END]:
+                call()
             path = re.sub(r"[^\w./-]", "?", scope["path"])[:80]
             words = [time.strftime("%H:%M:%S"), scope["method"], path, str(status or "no answer"), *note]
             self._log(" ".join([*words, f"{time.monotonic() - begin:.2f} s"]))
 
-    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
+    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         """Raise ApiError where the request is not let in."""
         host = headers.get(b"host", b"").decode("latin-1")
         if self._local_only and _host_name(host) not in LOOPBACK:
@@ -67,6 +70,11 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             raise too_large()
+        # A page elsewhere may send other kinds without the browser asking this server first.
+        if method == "POST" and headers.get(b"content-type", b"").partition(b";")[0].strip() != b"application/json":
+            raise ApiError(
+                415, "the body must be sent as Content-Type: application/json", code="unsupported_media_type"
+            )
 
 
 def too_large() -> ApiError:

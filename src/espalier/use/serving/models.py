@@ -41,9 +41,11 @@ class Served:
             self.model.set_adapter(_inside(name, self.adapters), inference_mode=True)
             yield self.model
             return
-        with self.model.disable_adapter():
-            yield self.model
-        self.model.requires_grad_(False)  # PEFT switches it on when it enables the adapters again
+        try:
+            with self.model.disable_adapter():
+                yield self.model
+        finally:
+            self.model.requires_grad_(False)  # PEFT switches it on when it enables the adapters again
 
 
 def load_served(

@@ -99,7 +99,7 @@ def checked(request: ChatRequest, models: Collection[str], limit: int) -> Ask:
     """The request in our terms. limit: the server's --max_new_tokens. Raises ApiError that names the field."""
     if request.model not in models:
         there = ", ".join(models)
-        message = f"there is no model {request.model!r} here; there is {there}"
+        message = f"there is no model {request.model[:80]!r} here; there is {there}"
         raise ApiError(404, message, param="model", code="model_not_found")
     _refuse_extra(request, "")
     if request.stream_options is not None:
@@ -142,7 +142,7 @@ def _refuse_extra(fields: Fields, prefix: str) -> None:
 def _message(message: Message, number: int) -> dict[str, str]:
     place = f"messages[{number}]"
     if message.role not in ROLES:
-        raise _wrong(f"{place}.role", f"unknown role {message.role!r}; there are {', '.join(ROLES)}")
+        raise _wrong(f"{place}.role", f"unknown role {message.role[:80]!r}; there are {', '.join(ROLES)}")
     _refuse_extra(message, f"{place}.")
     return {"role": message.role, "content": _text(message.content, f"{place}.content")}
 
