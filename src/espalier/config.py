@@ -74,6 +74,12 @@ class RunConfig:
     template: str | None = option(
         None, "chat template: atom, chatml, plain or a jinja file; not set: the model's own", "Model", common=True
     )
+    load_in_4bit: bool = option(
+        False, "hold the base in 4 bits (NF4) while it is trained on; needs bitsandbytes", "Model", common=True
+    )
+    load_in_8bit: bool = option(
+        False, "hold the base in 8 bits (int8) while it is trained on; needs bitsandbytes", "Model", common=True
+    )
     trust_remote_code: bool = option(False, "run code that comes with the model", "Model")
 
     # LoRA
@@ -114,7 +120,12 @@ class RunConfig:
     )
     weight_decay: float = option(0.0, "weight decay of the adapter", "Training", hf=True)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 switches it off", "Training", hf=True)
-    optim: str = option("adamw_torch_fused", "optimizer", "Training", hf=True)
+    optim: str = option(
+        "adamw_torch_fused", "optimizer; adamw_bnb_8bit and its like need bitsandbytes", "Training", hf=True
+    )
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: learning rate of B over that of A; not set: the same for both", "Training"
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "a step whose loss or gradient is not finite: stop the run, or skip the step and count it", "Training"
     )

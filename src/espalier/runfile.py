@@ -204,6 +204,8 @@ def check_values(own: Mapping[str, Any]) -> list[str]:
         problems.append(f"--lora_alpha: {config.lora_alpha} is not above 0")
     if config.learning_rate < 0:
         problems.append(f"--learning_rate: {config.learning_rate} is below 0")
+    if config.loraplus_lr_ratio is not None and config.loraplus_lr_ratio <= 0:
+        problems.append(f"--loraplus_lr_ratio: {config.loraplus_lr_ratio} is not above 0")
     if config.num_train_epochs is not None and config.num_train_epochs <= 0:
         problems.append(f"--num_train_epochs: {config.num_train_epochs} is not above 0")
     if sum((config.bf16, config.fp16, config.fp32)) > 1:

@@ -10,6 +10,9 @@ u = x A^T. The gradients, with g the gradient by y:
 
     gu = s g B        gx = g W + gu A        gA = gu^T x        gB = s g^T u
 
+A base layer that bitsandbytes holds in 4 or 8 bits is unpacked for the product, and again in backward: for its time
+only one layer's W is there in 16 bits.
+
 PEFT owns the modules, their names and their weights. `fast_lora` changes nothing but their class, to a subclass with
 another forward; whatever that forward does not cover goes through PEFT's own.
 """
@@ -17,7 +20,9 @@ another forward; whatever that forward does not cover goes through PEFT's own.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +31,10 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from espalier.model.quantized import is_packed, unpacked
+
+PEFT_PACKED = "peft.tuners.lora.bnb"  # where PEFT's layers over those of bitsandbytes are
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,8 @@ def fast_lora(model: nn.Module) -> Counts:
     for module in model.modules():
         if type(module) is Linear:
             cast(Any, module).__class__ = FastLinear
+        elif type(module).__module__ == PEFT_PACKED:
+            cast(Any, module).__class__ = _fast_packed()[type(module).__name__]
         if isinstance(module, LoraLayer):
             reason = why_peft(module)
             if reason is None:
@@ -67,17 +78,22 @@ def peft_lora(model: nn.Module) -> Counts:
     """Give all LoRA layers of `model` PEFT's own forward again, in place."""
     count = 0
     for module in model.modules():
-        if type(module) is FastLinear:
-            cast(Any, module).__class__ = Linear
+        if is_fast(module):
+            cast(Any, module).__class__ = type(module).__base__
         count += isinstance(module, LoraLayer)
     return Counts(0, count)
+
+
+def is_fast(module: nn.Module) -> bool:
+    """True for a layer whose class `fast_lora` has set."""
+    return type(module).forward is _fast_forward
 
 
 def why_peft(layer: LoraLayer) -> str | None:
     """Why this layer's next forward is PEFT's own; None where the fast form computes the same."""
     base: Any = layer.base_layer
-    if not isinstance(layer, FastLinear) or type(base) not in (nn.Linear, Conv1D):
-        return type(base).__name__  # quantized bases, embeddings, convolutions, adapters inside adapters
+    if not is_fast(cast(nn.Module, layer)) or not (type(base) in (nn.Linear, Conv1D) or is_packed(base)):
+        return type(base).__name__  # embeddings, convolutions, other quantised bases, adapters inside adapters
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or not names:
         return "merged or switched off"
@@ -105,30 +121,49 @@ def _is_wrapped(module: nn.Module) -> bool:
     )
 
 
+def _fast_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward of FastLinear and its like.
+
+    x: [..., in]; result [..., out] in the dtype that the base layer alone would give."""
+    base: Any = self.base_layer
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    packed = is_packed(base)
+    # Of a base in another dtype than its input: an error, which PEFT's way would raise too.
+    is_mixed = not packed and dtype == x.dtype and base.weight.dtype != dtype
+    if args or kwargs or is_mixed or why_peft(self) is not None:
+        peft: Any = type(self).__base__
+        result: torch.Tensor = peft.forward(self, x, *args, **kwargs)
+        return result
+    (name,) = (name for name in self.active_adapters if name in self.lora_A)
+    dropout = self.lora_dropout[name]
+    shape = x.shape
+    x = x.to(dtype).reshape(-1, shape[-1])
+    dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
+    bias = None if base.bias is None else base.bias.to(dtype)
+    weight: Any = partial(unpacked, base, dtype) if packed else base.weight.to(dtype)
+    if isinstance(base, Conv1D):
+        weight = weight.t()  # [in, out] there
+    result = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, dropped, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+    )
+    # Here, not in the function: of a view that a function makes, autograd forbids changes in place.
+    return result.view(*shape[:-1], -1)
+
+
 class FastLinear(Linear):
     """PEFT's LoRA layer on nn.Linear or Conv1D, with a forward of ours. Never built: `fast_lora` sets it as the class
     of layers that PEFT has built."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x: [..., in]; result [..., out] in the dtype that the base layer alone would give."""
-        base: Any = self.base_layer
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        is_mixed = dtype == x.dtype and base.weight.dtype != dtype  # an error, which PEFT's way would raise too
-        if args or kwargs or is_mixed or why_peft(self) is not None:
-            return super().forward(x, *args, **kwargs)
-        (name,) = (name for name in self.active_adapters if name in self.lora_A)
-        dropout = self.lora_dropout[name]
-        shape = x.shape
-        x = x.to(dtype).reshape(-1, shape[-1])
-        dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
-        weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
-        if isinstance(base, Conv1D):
-            weight = weight.t()  # [in, out] there
-        result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            x, dropped, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        )
-        # Here, not in the function: of a view that a function makes, autograd forbids changes in place.
-        return result.view(*shape[:-1], -1)
+    forward = _fast_forward
+
+
+@cache
+def _fast_packed() -> dict[str, type]:
+    """Name of PEFT's class for layers of bitsandbytes -> ours: made late, since their import is bitsandbytes'."""
+    from peft.tuners.lora import bnb
+
+    classes = [getattr(bnb, name) for name in ("Linear4bit", "Linear8bitLt")]
+    return {peft.__name__: type(f"Fast{peft.__name__}", (peft,), {"forward": _fast_forward}) for peft in classes}
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -139,7 +174,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,  # [T, I]
         dropped: torch.Tensor | None,  # [T, I]: x after dropout; None: x itself
-        weight: torch.Tensor,  # [O, I], any strides
+        weight: torch.Tensor | Callable[[], torch.Tensor],  # [O, I], any strides; callable: makes it, in backward too
         bias: torch.Tensor | None,  # [O]
         lora_a: torch.Tensor,  # [r, I]
         lora_b: torch.Tensor,  # [O, r]
@@ -149,9 +184,10 @@ class _LoraLinear(torch.autograd.Function):
         a = lora_a.to(x.dtype)
         b = (lora_b * scale).to(x.dtype)
         u = a @ low.t()  # [r, T]: with few rows, products are faster this way round
-        y = F.linear(x, weight, bias)  # [T, O]
+        y = F.linear(x, weight() if callable(weight) else weight, bias)  # [T, O]
         y.addmm_(u.t(), b.t())
-        ctx.save_for_backward(low, u, weight, a, b)
+        ctx.save_for_backward(low, u, None if callable(weight) else weight, a, b)
+        ctx.unpack = weight if callable(weight) else None
         ctx.scale, ctx.is_dropped = scale, dropped is not None
         ctx.dtypes = lora_a.dtype, lora_b.dtype
         return y
@@ -162,7 +198,7 @@ class _LoraLinear(torch.autograd.Function):
         low, u, weight, a, b = ctx.saved_tensors
         needs_x, needs_dropped, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         gu = b.t() @ g.t()  # [r, T]
-        gx = g @ weight if needs_x else None  # [T, I]
+        gx = g @ (weight if ctx.unpack is None else ctx.unpack()) if needs_x else None  # [T, I]
         gdropped = gu.t() @ a if needs_dropped else None
         if gx is not None and not ctx.is_dropped:
             gx.addmm_(gu.t(), a)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 1
+RECORDED = "espalier_fingerprint"  # attribute of a base that is held in another form than its files have
 VALUES_A_TENSOR = 16
 MAX_SAMPLE = 256
 # Fields of a config that say how the network is built, under the names that most architectures share.
@@ -35,11 +36,34 @@ def base_fingerprint(source: Any) -> dict[str, Any]:
     source: a loaded model, also one with an adapter around it (the adapter's tensors are left out), or a model's
     folder, which is loaded for it. `weights` is the SHA-256 over names, shapes and VALUES_A_TENSOR values of every
     tensor, each rounded to bfloat16; `sample` holds one value of up to MAX_SAMPLE tensors, for a comparison with
-    tolerance where a load in float16 has rounded otherwise.
+    tolerance where a load in float16 has rounded otherwise. A base that load_model has quantised has the fingerprint
+    of the weights that it was made from.
     """
     if isinstance(source, (str, Path)):
         source = _load(source)
-    tensors = sorted(_base_tensors(source), key=lambda pair: pair[0])
+    recorded: dict[str, Any] | None = getattr(source, RECORDED, None)
+    return recorded or _fingerprint(source.config, _base_tensors(source))
+
+
+def fingerprint_of_files(folder: Path, skeleton: Any) -> dict[str, Any] | None:
+    """The same from the safetensors files of a folder, reading the sampled values only.
+
+    skeleton: the model without weights, for its tensors' names and shapes. None where a tensor is not in the files
+    under the name and shape that it has in the model: then only loading tells.
+    """
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    handles = [safe_open(file, framework="pt") for file in files]
+    where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    if any(name not in where or tuple(where[name].get_slice(name).get_shape()) != s for name, s in wanted.items()):
+        return None
+    return _fingerprint(skeleton.config, [(name, where[name].get_tensor(name)) for name in wanted])
+
+
+def _fingerprint(config: Any, tensors: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    tensors = sorted(tensors, key=lambda pair: pair[0])
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
@@ -49,7 +73,7 @@ def base_fingerprint(source: Any) -> dict[str, Any]:
     step = max(1, -(-len(tensors) // MAX_SAMPLE))
     return {
         "version": VERSION,
-        "architecture": {name: getattr(source.config, name, None) for name in ARCHITECTURE},
+        "architecture": {name: getattr(config, name, None) for name in ARCHITECTURE},
         "num_parameters": sum(tensor.numel() for _, tensor in tensors),
         "weights": digest.hexdigest(),
         "sample": [float(value) for value in values[::step, VALUES_A_TENSOR // 2]],

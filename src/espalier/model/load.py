@@ -11,14 +11,17 @@ import copy
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import EspalierError, ModelError
-from espalier.model.embedded import convert_gguf_arguments, quiet_transformers, restore_digit_split
+from espalier.model.embedded import convert_gguf, convert_gguf_arguments, quiet_transformers, restore_digit_split
+from espalier.model.fingerprint import RECORDED, base_fingerprint, fingerprint_of_files
 from espalier.model.hardware import choose_device, choose_dtype
 from espalier.model.locate import ModelPath, ModelRef, first_line, resolve_model, weight_problems
+from espalier.model.quantized import Kind, bitsandbytes_config, keep_trainable
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +73,11 @@ def load_model(
     dtype: torch.dtype,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Kind | None = None,
 ) -> PreTrainedModel:
     """The causal language model in eval mode, on `device`, its weights in `dtype`.
+
+    quantization: hold the linear layers packed, each one quantised as it is read (model/quantized.py).
 
     Raises ModelError for a model that is no causal language model, for a quantised one that cannot be trained, and
     for missing, damaged or incomplete weights: nothing is ever filled with random numbers.
@@ -80,11 +86,17 @@ def load_model(
 
     auto_model: Any = transformers.AutoModelForCausalLM
     where, extra = _source(ref)
+    if quantization is not None and "gguf_file" in extra:
+        return _quantized_gguf(ref, device=device, dtype=dtype, quantization=quantization)
     config = load_config(ref, trust_remote_code)
     check_causal_lm(config, said=_said(ref))
     check_weights(ref)
     if "gguf_file" in extra:
         extra |= convert_gguf_arguments()
+    fingerprint = None
+    if quantization is not None:
+        extra["quantization_config"] = bitsandbytes_config(quantization, dtype)
+        fingerprint = _fingerprint_before(ref, config, dtype, trust_remote_code)
     if device != "cpu":
         extra["device_map"] = {"": device}  # straight to the device: no second copy in the host's memory
     with _clear_errors(ref, "its weights cannot be loaded"), _no_bars_in_logs("gguf_file" in extra):
@@ -105,7 +117,36 @@ def load_model(
             todo="Give a whole model; a headless or partly copied one cannot be trained.",
         )
     loaded: PreTrainedModel = model.eval()
+    keep_trainable(loaded)
+    if fingerprint is not None:
+        setattr(loaded, RECORDED, fingerprint)
     return loaded
+
+
+def _quantized_gguf(ref: ModelRef, *, device: str, dtype: torch.dtype, quantization: Kind) -> PreTrainedModel:
+    """A .gguf file's model, unpacked into a folder that is gone afterwards and quantised anew from there.
+
+    transformers does not unpack and quantise in one pass, and has no backward through GGUF's own packed layers.
+    """
+    where, extra = _source(ref)
+    with tempfile.TemporaryDirectory(prefix="espalier-") as scratch, _clear_errors(ref, "it cannot be unpacked"):
+        convert_gguf(Path(where) / extra["gguf_file"], Path(scratch))
+        return load_model(scratch, device=device, dtype=dtype, quantization=quantization)
+
+
+def _fingerprint_before(ref: ModelRef, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, Any]:
+    """The fingerprint of a base that will be quantised: from its files, or, where these name their tensors otherwise
+    than the model does, from the whole model, loaded for it."""
+    from huggingface_hub import snapshot_download
+
+    from espalier.model.lora import empty_model
+
+    where, _ = _source(ref)
+    with _clear_errors(ref, "its weights cannot be read"):
+        local = Path(where).is_dir()
+        folder = Path(where if local else snapshot_download(where, allow_patterns=["*.safetensors", "*.json"]))
+        found = fingerprint_of_files(folder, empty_model(config, trust_remote_code=trust_remote_code))
+    return found or base_fingerprint(load_model(ref, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code))
 
 
 def exact_attention(config: Any) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import UsageError
+from espalier.model.quantized import num_weights
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -143,7 +144,7 @@ def describe_adapter(model: PeftModel) -> AdapterReport:
 
     modules = Counter(name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(num_weights(p) for p in model.parameters())
     num_trainable = sum(p.numel() for _, p in trainable)
     if not num_trainable:
         raise UsageError("nothing is trainable in this adapter", todo="Load it with is_trainable=True.")

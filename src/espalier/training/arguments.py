@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from espalier.config import RunConfig
 from espalier.errors import UsageError
+from espalier.model.quantized import INSTALL
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -108,6 +111,33 @@ def refused_options(given: Mapping[str, Any]) -> list[str]:
         for name, value in given.items()
         if name in REFUSED and value is not None and value not in REFUSED[name].accepts
     ]
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Raise UsageError for an optimizer that cannot be had: by name, by what is installed, by the device."""
+    from transformers.training_args import OptimizerNames
+
+    from espalier.model.hardware import choose_device
+
+    names = [str(name.value) for name in OptimizerNames]
+    if config.optim not in names:
+        near = difflib.get_close_matches(config.optim, names, n=3)
+        raise UsageError(
+            f"there is no optimizer {config.optim!r}",
+            where="--optim",
+            todo=f"Near names: {', '.join(near)}" if near else f"There are: {', '.join(names)}",
+        )
+    parts = config.optim.split("_")
+    if {"torch", "galore", "apollo"} & set(parts) or not {"bnb", "8bit", "paged"} & set(parts):
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("bitsandbytes is not installed", where=f"--optim {config.optim}", todo=INSTALL)
+    if "paged" in parts and not choose_device(config.use_cpu)[0].startswith("cuda"):
+        raise UsageError(
+            "a paged optimizer moves its state out of a GPU's memory, and there is no GPU",
+            where=f"--optim {config.optim}",
+            todo=f"Use {'adamw_bnb_8bit' if '8bit' in parts else 'adamw_torch_fused'}.",
+        )
 
 
 def training_arguments(config: RunConfig, *, fp16_scaler: bool = False) -> TrainingArguments:

@@ -88,9 +88,14 @@ def save_optimizer(optimizer: Any, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        # Optimizers of bitsandbytes hide their packed tensors one level deeper, and take them from this one.
+        hidden = [value for value in values.values() if isinstance(value, dict)]
+        flat = {key: value for part in (values, *hidden) for key, value in part.items() if not isinstance(value, dict)}
+        for key, value in flat.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+                tensor = value.detach().cpu().contiguous()
+                # Their code tables are one tensor for all parameters, which safetensors refuses.
+                tensors[f"{index}.{key}"] = tensor.clone() if hidden else tensor
             else:
                 scalars.setdefault(str(index), {})[key] = value
     save_file(tensors, str(folder / "optimizer.safetensors"))

@@ -24,7 +24,8 @@ from espalier.errors import DataError, UsageError
 from espalier.model.embedded import cache_root
 from espalier.model.load import ModelPath, check_causal_lm, load_config, load_tokenizer, own_code, resolve_model
 from espalier.model.lora import check_targets, empty_model, num_embedding_rows
-from espalier.training.arguments import refused_options
+from espalier.model.quantized import Kind, check_quantization
+from espalier.training.arguments import check_optimizer, refused_options
 from espalier.training.streaming import StreamedSteps, rows_that_stop, stream_digest
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Prepared:
     result: EncodeResult | None  # None: a stream, whose rows are counted as they come
     left_out: tuple[BadRow, ...]
     generation: GenerationConfig
+    quantization: Kind | None
     stop_ids: list[int]
     max_steps: int
     rows_digest: str
@@ -62,6 +64,7 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
     refused = refused_options(config.training_arguments)
     if refused:
         raise UsageError("options that this tool cannot honour", details=refused, todo="Leave them out.")
+    check_optimizer(config)
     if not config.dataset_path:
         raise UsageError("no rows to train on", where="--dataset_path", todo="Give one or more data files.")
     ref = resolve_model(config.model_path)
@@ -70,6 +73,7 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
         say("", f"code that comes with the model is run: {line}")
     model_config = load_config(ref, config.trust_remote_code)
     check_causal_lm(model_config, ref.said)
+    quantization = check_quantization(config, model_config)
     skeleton = empty_model(model_config, trust_remote_code=config.trust_remote_code)
     check_targets(skeleton, config.target_modules, config.layers_to_transform)
     tokenizer = load_tokenizer(ref, config.trust_remote_code)
@@ -130,6 +134,7 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
         result=result,
         left_out=tuple(left_out),
         generation=generation,
+        quantization=quantization,
         stop_ids=stop_ids,
         max_steps=count_steps(config, len(train_rows) if isinstance(train_rows, EncodedDataset) else None, say),
         rows_digest=rows_digest(train_rows)

@@ -18,7 +18,11 @@ def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
     return {
         "espalier_version": __version__,
         "run": trainer.keeper.run,
-        "base": {"name": prepared.model.name, "fingerprint": trainer.base_fingerprint},
+        "base": {
+            "name": prepared.model.name,
+            "fingerprint": trainer.base_fingerprint,
+            **({"held_as": prepared.quantization} if prepared.quantization else {}),
+        },
         "template": prepared.template.source,
         "stop_ids": prepared.stop_ids,
         "fingerprints": {

@@ -193,6 +193,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
 
     from espalier.model.fingerprint import base_fingerprint
     from espalier.model.load import choose_device, choose_dtype, load_model
+    from espalier.model.quantized import describe
     from espalier.training.arguments import training_arguments
     from espalier.training.step import StepOptions
     from espalier.training.trainer import LoraTrainer
@@ -202,7 +203,8 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
     requested = next((name for name in ("bf16", "fp16", "fp32") if getattr(config, name)), None)
     dtype, dtype_reason = choose_dtype(device, requested)
     say("device", f"{device}: {device_reason}" + (f", {torch.get_num_threads()} threads" if device == "cpu" else ""))
-    say("precision", f"base {str(dtype).removeprefix('torch.')}: {dtype_reason}; adapter float32")
+    form = f"base {describe(prepared.quantization)}; computed in" if prepared.quantization else "base"
+    say("precision", f"{form} {str(dtype).removeprefix('torch.')}: {dtype_reason}; adapter float32")
     if config.modules_to_save and dtype != torch.float32:
         raise UsageError(
             "modules that are trained in full need a float32 base",
@@ -210,7 +212,13 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
             todo="Add --fp32, or leave it out.",
         )
     set_seed(config.seed)
-    base = load_model(prepared.model, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    base = load_model(
+        prepared.model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+        quantization=prepared.quantization,
+    )
     fingerprint = base_fingerprint(base)  # before PiSSA or OLoRA takes a part out of it
     model = _with_adapter(base, prepared, say)
     args = training_arguments(config, fp16_scaler=dtype == torch.float16)
@@ -229,6 +237,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
             group_by_prefix=config.group_by_prefix,
             self_check=config.self_check == "on",
             lora_forward=config.lora_forward,
+            loraplus_lr_ratio=config.loraplus_lr_ratio,
             on_nonfinite=config.on_nonfinite,
             max_nonfinite_steps=config.max_nonfinite_steps,
         ),

@@ -237,6 +237,23 @@ class LoraTrainer(Trainer):
         if self.stop_signal is not None:
             raise Interrupted(self.stop_signal)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As HF's; for LoRA+ with PEFT's groups, of which those of B have their own learning rate."""
+        if self.optimizer is not None or self.options.loraplus_lr_ratio is None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            model=self.model,
+            optimizer_cls=optimizer_class,
+            loraplus_lr_ratio=self.options.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            loraplus_lr_embedding=settings["lr"],  # its own default is 1e-6, whatever the learning rate is
+            **settings,
+        )
+        return self.optimizer
+
     # ---- data ----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> StepLoader:

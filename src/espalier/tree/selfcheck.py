@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from espalier.encode.encode import Encoded
-from espalier.model.fast_lora import FastLinear, fast_lora, peft_lora
+from espalier.model.fast_lora import fast_lora, is_fast, peft_lora
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import base_of, plain_loss, tree_loss
 from espalier.tree.plan import common_prefix, plan_step
@@ -73,7 +73,7 @@ def self_check(
     kept = [parameter.grad for parameter in parameters]
     training = [module for module in model.modules() if module.training]
     device = base_of(model).device
-    is_fast = any(type(module) is FastLinear for module in model.modules())
+    was_fast = any(is_fast(module) for module in model.modules())
     try:
         model.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -91,7 +91,7 @@ def self_check(
             loss_plain = float(plain.loss_sum.detach()) / plain.num_supervised
             grads_plain = _gradients(parameters)
     finally:
-        if is_fast:
+        if was_fast:
             fast_lora(model)
         for module in training:
             module.training = True
