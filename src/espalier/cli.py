@@ -258,6 +258,63 @@ def serve_command(
     raise typer.Exit(run_serve(options))
 
 
+@app.command("evaluate")
+def evaluate_command(
+    adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)] = ...,  # type: ignore[assignment]
+    files: Annotated[
+        list[str] | None,
+        typer.Option("--dataset_path", help="Rows that it has not seen; else those that its run held out."),
+    ] = None,
+    answers: Annotated[bool, typer.Option("--generate", help="Also compare greedy answers.")] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max_new_tokens", help="Longest answer in tokens; else a little over the longest wanted."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    html: Annotated[
+        str | None, typer.Option("--html", help="Write a page of the rows that got better and worse.")
+    ] = None,
+    draws: Annotated[int, typer.Option("--draws", help="Draws of the rows for the intervals.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of those draws.")] = 0,
+    model_path: ModelOption = None,
+    template: TemplateOption = None,
+    format: FormatOption = None,
+    columns: ColumnsOption = None,
+    encoding: EncodingOption = None,
+    max_seq_length: LengthOption = None,
+    on_bad_row: Annotated[
+        Literal["error", "skip"] | None, typer.Option("--on_bad_row", help="Rows that cannot be used; else as trained.")
+    ] = None,
+    tree: Annotated[Literal["on", "off"], typer.Option("--tree", help="Compute shared beginnings once.")] = "on",
+    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Judge an adapter next to its base on held-out rows: loss, accuracy, answers, and what of it may be chance."""
+    from espalier.use.evaluate import run_evaluate
+
+    code = run_evaluate(
+        adapter,
+        files or [],
+        answers=answers,
+        max_new_tokens=max_new_tokens,
+        as_json=as_json,
+        html=html,
+        draws=draws,
+        seed=seed,
+        model_path=model_path,
+        use_cpu=use_cpu,
+        tree=tree == "on",
+        trust_remote_code=trust_remote_code,
+        template=template,
+        format=format,
+        columns=_column_names(columns),
+        encoding=encoding,
+        max_seq_length=max_seq_length,
+        on_bad_row=on_bad_row,
+    )
+    raise typer.Exit(code)
+
+
 @app.command("demo")
 def demo_command(
     output_dir: Annotated[
@@ -360,13 +417,19 @@ def import_command(
 def _format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:
     from espalier.data.formats import FormatOptions
     from espalier.encode.template import input_joiner
+
+    names = _column_names(columns) or {}
+    return FormatOptions(format=format, columns=names, encoding=encoding, input_joiner=input_joiner(sentence))
+
+
+def _column_names(columns: str | None) -> dict[str, str] | None:
     from espalier.runfile import OptionSpec, convert
 
     try:
-        names = convert(columns, OptionSpec("columns", dict[str, str])) if columns else {}
+        names: dict[str, str] | None = convert(columns, OptionSpec("columns", dict[str, str])) if columns else None
     except ValueError as error:
         raise UsageError(f"{columns!r} is not {error}", where="--columns") from error
-    return FormatOptions(format=format, columns=names, encoding=encoding, input_joiner=input_joiner(sentence))
+    return names
 
 
 def _encoder(

@@ -193,7 +193,7 @@ def test_every_label_is_predicted_from_its_own_past(rows, budget, min_shared, sh
 def assert_same_plan(a: StepPlan, b: StepPlan) -> None:
     assert (len(a.packs), a.num_rows, a.reason, a.weight_sum) == (len(b.packs), b.num_rows, b.reason, b.weight_sum)
     for mine, other in zip(a.packs, b.packs, strict=True):
-        for field in Pack.__slots__:
+        for field in set(Pack.__slots__) - {"labels"}:
             assert np.array_equal(getattr(mine, field), getattr(other, field)), field
 
 

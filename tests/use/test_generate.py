@@ -11,6 +11,8 @@ import torch
 
 from espalier.errors import DataError
 from espalier.model.load import load_model, load_tokenizer
+from espalier.tree import prefill as prefill_module
+from espalier.tree.attention import set_attention
 from espalier.use import generate as module
 from espalier.use.generate import Generated, Sampling, StreamDecoder, decode, generate, stream
 
@@ -37,29 +39,31 @@ def drain(pieces: Any) -> tuple[list[str], Generated]:
             return got, end.value
 
 
-def count_prefills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lengths of the shared beginnings that were computed."""
-    lengths: list[int] = []
-    real = module._prefill
+def count_prefills(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(prompts, tokens that were computed for them) of each tree."""
+    counts: list[tuple[int, int]] = []
+    real = prefill_module._pack
 
-    def counted(model: Any, ids: list[int]) -> Any:
-        lengths.append(len(ids))
-        return real(model, ids)
+    def counted(prompts: Any) -> Any:
+        pack, last = real(prompts)
+        counts.append((len(prompts), pack.num_tokens))
+        return pack, last
 
-    monkeypatch.setattr(module, "_prefill", counted)
-    return lengths
+    monkeypatch.setattr(prefill_module, "_pack", counted)
+    return counts
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_shared_prefill_matches_generate(
     tiny: Any, tokenizer: Any, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = count_prefills(monkeypatch)
+    counts = count_prefills(monkeypatch)
     settings: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": [1, 2], "batch_size": batch_size}
     fast = generate(tiny, tokenizer, PROMPTS, **settings)
-    assert lengths == [31]
+    own = {1: [32, 34, 35, 36, 33], 2: [31 + 1 + 3, 31 + 4 + 5, 33], 16: [31 + 1 + 3 + 4 + 5 + 2]}[batch_size]
+    assert [tokens for _, tokens in counts] == own
     plain = generate(tiny, tokenizer, PROMPTS, share_prefix=False, **settings)
-    assert lengths == [31]
+    assert len(counts) == len(own)
     assert fast == plain
     # And with each prompt alone through transformers, with nothing of ours around it.
     for prompt, answer in zip(PROMPTS, fast, strict=True):
@@ -84,10 +88,11 @@ def test_shared_prefill_matches_generate_on_the_embedded_model(
         tok.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, return_dict=False)
         for q in questions
     ]
-    lengths = count_prefills(monkeypatch)
-    settings: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": [2], "batch_size": 3}
+    counts = count_prefills(monkeypatch)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": [2], "batch_size": 4}
     fast = generate(model, tok, prompts, **settings)
-    assert lengths == [24]
+    # The system text's 24 tokens once; the second level shares too little to be a branch of its own.
+    assert counts == [(4, 24 + sum(len(prompt) - 24 for prompt in prompts))]
     assert fast == generate(model, tok, prompts, share_prefix=False, **settings)
     assert all(answer.text for answer in fast)
     pieces, answer = drain(stream(model, tok, prompts[1], max_new_tokens=12, stop_ids=[2]))
@@ -149,21 +154,57 @@ def test_answer_ends_where_the_positions_end(tiny: Any, tokenizer: Any) -> None:
 def test_sliding_window_takes_the_plain_way(shared: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     phi3 = load_model(shared / "tiny-phi3", device="cpu", dtype=torch.float32)
     phi3.config.sliding_window = 8
-    lengths = count_prefills(monkeypatch)
+    counts = count_prefills(monkeypatch)
     assert not module.keeps_plain_cache(phi3)
     answers = generate(phi3, tokenizer, PROMPTS, max_new_tokens=3, stop_ids=[])
-    assert lengths == []
+    assert counts == []
     assert [len(answer.ids) for answer in answers] == [3] * len(PROMPTS)
     pieces, answer = drain(stream(phi3, tokenizer, PROMPTS[0], max_new_tokens=3, stop_ids=[]))
     assert pieces == [answer.text]
 
 
-@pytest.mark.parametrize(
-    ("prompts", "shared"),
-    [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 1), ([[1], [1]], 0), ([[1, 2, 3], [9, 2, 3], [1, 2, 3]], 0)],
-)
-def test_shared_length(prompts: list[list[int]], shared: int) -> None:
-    assert module._shared_length(prompts) == shared
+def test_many_prefixes_match_plain(tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three beginnings that branch twice, prompts of one token, and one prompt that begins another."""
+    heads = [[0, *range(10 * k, 10 * k + 25)] for k in (3, 4, 5)]
+    prompts = [[*heads[i % 3], *range(100 + i % 2, 120 + i % 2), 200 + i, *[7] * (i % 4)] for i in range(14)]
+    prompts += [heads[0], [5], [5], [*heads[0], 7]]
+    counts = count_prefills(monkeypatch)
+    fast = generate(tiny, tokenizer, prompts, max_new_tokens=10, stop_ids=[1, 2])
+    assert counts[0][1] < sum(map(len, prompts)) / 2
+    assert fast == generate(tiny, tokenizer, prompts, max_new_tokens=10, stop_ids=[1, 2], share_prefix=False)
+    assert len({answer.ids for answer in fast}) > 5
+
+
+def test_batches_are_bounded_by_the_cache(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows leave the batch as they end; a batch holds as many rows as fit into CACHE_BYTES, one at least."""
+    config = tiny.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    prompts, limits = [[9] * 10, [3] * 6, [3] * 8, [9] * 50], [10] * 4
+    monkeypatch.setattr(module, "CACHE_BYTES", 40 * token_bytes)
+    assert list(module._batches(tiny, prompts, limits, 64)) == [[1, 2], [0], [3]]
+    assert list(module._batches(tiny, prompts, limits, 1)) == [[1], [2], [0], [3]]
+
+
+def test_ended_rows_leave_the_batch(tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = generate(tiny, tokenizer, PROMPTS, max_new_tokens=8, stop_ids=[])
+    stop = free[2].ids[3]
+    ends = [answer.ids.index(stop) + 1 if stop in answer.ids else 8 for answer in free]
+    sizes: list[int] = []
+    real = module._choose
+    monkeypatch.setattr(
+        module, "_choose", lambda logits, sampling: (sizes.append(len(logits)), real(logits, sampling))[1]
+    )
+    generate(tiny, tokenizer, PROMPTS, max_new_tokens=8, stop_ids=[stop])
+    assert sizes == [sum(end >= step for end in ends) for step in range(1, max(ends) + 1)]
+    assert sizes[-1] < len(PROMPTS)
+
+
+def test_a_loss_before_does_not_change_answers(tiny: Any, tokenizer: Any) -> None:
+    before = generate(tiny, tokenizer, PROMPTS, max_new_tokens=4, stop_ids=[])
+    set_attention(tiny, "merged")
+    assert generate(tiny, tokenizer, PROMPTS, max_new_tokens=4, stop_ids=[]) == before
+    _, answer = drain(stream(tiny, tokenizer, PROMPTS[0], max_new_tokens=4, stop_ids=[]))
+    assert answer == before[0]
 
 
 def test_stream_decoder_gives_whole_characters(smollm2_dir: Path, cases: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -91,23 +92,9 @@ def tree_loss(
     """
     base = base_of(model)
     rule = logit_rule(base)
-    set_attention(base, attention)
-    if takes_stock_mask(base):
-        mask = tensors.layout.causal_mask
-    else:
-        # Ones: without a mask transformers takes jumping positions for packed documents and isolates each branch.
-        mask = torch.ones_like(tensors.input_ids)
-    with tree_masks(tensors.layout):
-        hidden = _hidden(
-            base,
-            tensors.input_ids,
-            attention_mask=mask,
-            position_ids=tensors.position_ids,
-        )
-    hidden = hidden[0].index_select(0, tensors.logit_positions)  # [M, D]
+    hidden = tree_hidden(base, tensors, attention)[0].index_select(0, tensors.logit_positions)  # [M, D]
     head = head_of(base)
-    if chunk_tokens is None:
-        chunk_tokens = max(1, _CHUNK_LOGITS // base.config.get_text_config().vocab_size)
+    chunk_tokens = chunk_tokens or _chunk_tokens(base)
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     loss_sum, num_correct = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden, tensors.target_ids, tensors.target_weights, tensors.target_counts, head, rule, chunk_tokens, *parameters
@@ -115,12 +102,51 @@ def tree_loss(
     return LossOutput(loss_sum, tensors.num_supervised, tensors.weight_sum, num_correct)
 
 
+@dataclass(frozen=True, slots=True)
+class TargetScores:
+    """Of each target of a pack: its loss, float32 [M], and whether the largest logit names it, bool [M]."""
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+
+
+@torch.no_grad()
+def tree_scores(model: torch.nn.Module, tensors: PackTensors, *, attention: str = "reference") -> TargetScores:
+    """As tree_loss, target by target and without gradient. Logits of a chunk of positions are held at a time."""
+    base = base_of(model)
+    rule, head, size = logit_rule(base), head_of(base), _chunk_tokens(base)
+    hidden = tree_hidden(base, tensors, attention)[0].index_select(0, tensors.logit_positions)  # [M, D]
+    losses, correct = [], []
+    for x, targets in zip(hidden.split(size), tensors.target_ids.split(size), strict=True):
+        logits = rule(head(x))  # [m, V]
+        correct.append(logits.argmax(-1) == targets)
+        losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
+    return TargetScores(torch.cat(losses), torch.cat(correct))
+
+
+def tree_hidden(base: PreTrainedModel, tensors: PackTensors, attention: str, **kwargs: Any) -> torch.Tensor:
+    """Last hidden state [1, T, D] of a pack. kwargs go to the model's body: a cache, which then holds the tree's keys
+    and values in the order of the pack."""
+    set_attention(base, attention)
+    if takes_stock_mask(base):
+        mask = tensors.layout.causal_mask
+    else:
+        # Ones: without a mask transformers takes jumping positions for packed documents and isolates each branch.
+        mask = torch.ones_like(tensors.input_ids)
+    with tree_masks(tensors.layout):
+        return _hidden(base, tensors.input_ids, attention_mask=mask, position_ids=tensors.position_ids, **kwargs)
+
+
+def _chunk_tokens(base: PreTrainedModel) -> int:
+    return max(1, _CHUNK_LOGITS // int(base.config.get_text_config().vocab_size))
+
+
 def _hidden(base: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """Last hidden state [B, T, D], through the model's own body."""
     body = base.base_model
     if body is base:
         raise ModelError(f"{type(base).__name__} has no separate body and head", todo="Load a causal language model.")
-    return cast(torch.Tensor, body(input_ids=input_ids, use_cache=False, **kwargs)[0])
+    return cast(torch.Tensor, body(input_ids=input_ids, **{"use_cache": False, **kwargs})[0])
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -253,6 +279,29 @@ def plain_loss(model: torch.nn.Module, rows: Sequence[Encoded], pad_id: int) -> 
     Where the model returns a mixture-of-experts auxiliary loss, it is added in proportion to the supervised tokens,
     so that the mean over a step is transformers' own loss.
     """
+    chosen, targets, _, weights, auxiliary = _plain_logits(model, rows, pad_id)
+    picked_weights = torch.from_numpy(weights).to(chosen.device)
+    loss_sum = (F.cross_entropy(chosen, targets, reduction="none") * picked_weights).sum()
+    if isinstance(auxiliary, torch.Tensor):
+        loss_sum = loss_sum + auxiliary * base_of(model).config.router_aux_loss_coef * len(targets)
+    correct = (chosen.argmax(-1) == targets).sum()
+    return LossOutput(loss_sum, len(targets), float(weights.sum(dtype=np.float64)), correct)
+
+
+@torch.no_grad()
+def plain_scores(
+    model: torch.nn.Module, rows: Sequence[Encoded], pad_id: int
+) -> tuple[TargetScores, npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The plain twin of tree_scores: (scores of each label of the padded rows, its row [K], its weight [K])."""
+    chosen, targets, row_at, weights, _ = _plain_logits(model, rows, pad_id)
+    losses = F.cross_entropy(chosen, targets, reduction="none")
+    return TargetScores(losses, chosen.argmax(-1) == targets), row_at, weights
+
+
+def _plain_logits(
+    model: torch.nn.Module, rows: Sequence[Encoded], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64], npt.NDArray[np.float32], Any]:
+    """(float32 logits [K, V] that predict the labels, the labels [K], the row of each, its weight, auxiliary loss)."""
     base = base_of(model)
     set_attention(base, None)
     width = max(len(row.input_ids) for row in rows)
@@ -272,10 +321,4 @@ def plain_loss(model: torch.nn.Module, rows: Sequence[Encoded], pad_id: int) -> 
     row_at, token_at = np.nonzero(labels != IGNORE_INDEX)
     chosen = outputs.logits[torch.from_numpy(row_at).to(device), torch.from_numpy(token_at - 1).to(device)].float()
     targets = torch.from_numpy(labels[row_at, token_at]).to(device)
-    picked_weights = torch.from_numpy(weights[row_at, token_at]).to(device)
-    loss_sum = (F.cross_entropy(chosen, targets, reduction="none") * picked_weights).sum()
-    auxiliary = getattr(outputs, "aux_loss", None)
-    if isinstance(auxiliary, torch.Tensor):
-        loss_sum = loss_sum + auxiliary * base.config.router_aux_loss_coef * len(targets)
-    correct = (chosen.argmax(-1) == targets).sum()
-    return LossOutput(loss_sum, len(targets), float(weights[row_at, token_at].sum(dtype=np.float64)), correct)
+    return chosen, targets, row_at, weights[row_at, token_at], getattr(outputs, "aux_loss", None)

@@ -32,6 +32,19 @@ PACK_COST_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class PackLabels:
+    """The labels of the rows, one by one, K = num_supervised of them.
+
+    row: int64 [K], index into the rows given to plan_step. target: int64 [K], index into 0..M-1 of the pack's targets.
+    weight: float64 [K].
+    """
+
+    row: npt.NDArray[np.int64]
+    target: npt.NDArray[np.int64]
+    weight: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
 class Pack:
     """One forward: a forest of shared beginnings laid flat, each node followed by all that descends from it.
 
@@ -42,6 +55,7 @@ class Pack:
     target_weights: float32 [M], sum of the row weights over the rows that share the target.
     target_counts: int32 [M], how many rows share the target.
     num_logical_tokens: tokens of the plain rows; num_supervised: sum of target_counts.
+    labels: which row each target is of, for what is counted by row.
     """
 
     input_ids: Ints
@@ -56,6 +70,7 @@ class Pack:
     num_rows: int
     num_logical_tokens: int
     num_supervised: int
+    labels: PackLabels
 
     @property
     def num_tokens(self) -> int:
@@ -88,9 +103,11 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Branch:
-    """Rows with the same computed tokens. depth: int64 [K] indices into ids whose hidden state predicts `target`."""
+    """Rows with the same computed tokens. depth: int64 [K] indices into ids whose hidden state predicts `target`, a
+    label of row number `row`."""
 
     ids: Ints
+    row: npt.NDArray[np.int64]
     depth: npt.NDArray[np.int64]
     target: Ints
     weight: npt.NDArray[np.float64]
@@ -120,7 +137,8 @@ def plan_step(
             "each must be 1 or more"
         )
     _refuse_long_rows(rows, max_tokens, max_pairs)
-    ordered = sorted((_branch(row) for row in rows if (row.labels != IGNORE_INDEX).any()), key=_sort_key)
+    labelled = ((number, row) for number, row in enumerate(rows) if (row.labels != IGNORE_INDEX).any())
+    ordered = sorted((_branch(number, row) for number, row in labelled), key=_sort_key)
     reason = "" if share else "sharing is switched off"
     merged = _merge_repeats(ordered) if share else ordered
     shared = _shared_with_next(merged, min_shared_tokens) if share else np.zeros(max(0, len(ordered) - 1), np.int64)
@@ -169,7 +187,7 @@ def _refuse_long_rows(rows: Sequence[Encoded], max_tokens: int, max_pairs: int |
         )
 
 
-def _branch(row: Encoded) -> _Branch:
+def _branch(number: int, row: Encoded) -> _Branch:
     length = _computed_length(row)
     supervised = np.flatnonzero(row.labels != IGNORE_INDEX)
     if supervised[0] == 0:
@@ -177,6 +195,7 @@ def _branch(row: Encoded) -> _Branch:
     weights = np.ones(len(row.labels), np.float32) if row.weights is None else row.weights
     return _Branch(
         ids=np.asarray(row.input_ids[:length], np.int32),
+        row=np.full(len(supervised), number, np.int64),
         depth=supervised - 1,
         target=np.asarray(row.labels[supervised], np.int32),
         weight=np.asarray(weights[supervised], np.float64),
@@ -204,6 +223,7 @@ def _merge_repeats(ordered: list[_Branch]) -> list[_Branch]:
         if len(group) == 1
         else _Branch(
             ids=group[0].ids,
+            row=np.concatenate([branch.row for branch in group]),
             depth=np.concatenate([branch.depth for branch in group]),
             target=np.concatenate([branch.target for branch in group]),
             weight=np.concatenate([branch.weight for branch in group]),
@@ -303,10 +323,9 @@ def _lay_out(branches: Sequence[_Branch], shared: npt.NDArray[np.int64]) -> Pack
         path[depth : len(branch.ids)] = np.arange(begin, end)
         where.append(path[branch.depth])
     start, length, parent = _segments(parent_token)
-    positions, targets, weights, counts = _merge_targets(
-        np.concatenate(where),
-        np.concatenate([branch.target for branch in branches]),
-        np.concatenate([branch.weight for branch in branches]),
+    rows, label_weights = (np.concatenate([getattr(b, name) for b in branches]) for name in ("row", "weight"))
+    positions, targets, weights, counts, merged_into = _merge_targets(
+        np.concatenate(where), np.concatenate([branch.target for branch in branches]), label_weights
     )
     return Pack(
         input_ids=input_ids,
@@ -321,6 +340,7 @@ def _lay_out(branches: Sequence[_Branch], shared: npt.NDArray[np.int64]) -> Pack
         num_rows=sum(branch.num_rows for branch in branches),
         num_logical_tokens=sum(branch.logical for branch in branches),
         num_supervised=int(counts.sum()),
+        labels=PackLabels(rows, merged_into, label_weights),
     )
 
 
@@ -340,8 +360,9 @@ def _segments(parent_token: npt.NDArray[np.int64]) -> tuple[Ints, Ints, Ints]:
 
 def _merge_targets(
     positions: npt.NDArray[np.int64], targets: Ints, weights: npt.NDArray[np.float64]
-) -> tuple[Ints, Ints, Floats, Ints]:
-    """Equal (position, target) pairs once, with the sum of their weights (added in sorted order) and their count."""
+) -> tuple[Ints, Ints, Floats, Ints, npt.NDArray[np.int64]]:
+    """Equal (position, target) pairs once, with the sum of their weights (added in sorted order) and their count; and
+    the pair that each given one became."""
     order = np.lexsort((weights, targets, positions))
     positions, targets, weights = positions[order], targets[order], weights[order]
     new = np.ones(len(order), bool)
@@ -349,9 +370,12 @@ def _merge_targets(
     first = np.flatnonzero(new)
     counts = np.diff(np.append(first, len(order)))
     sums = np.add.reduceat(weights, first)
+    merged_into = np.empty(len(order), np.int64)
+    merged_into[order] = np.cumsum(new) - 1
     return (
         positions[first].astype(np.int32),
         targets[first].astype(np.int32),
         sums.astype(np.float32),
         counts.astype(np.int32),
+        merged_into,
     )

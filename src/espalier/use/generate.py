@@ -1,13 +1,12 @@
-"""Text from a model: greedy or sampled, batched, with the prompts' shared beginning computed once; and streamed.
+"""Text from a model: greedy or sampled, batched, with what prompts share computed once; and streamed.
 
-The shared beginning of all prompts goes through the model once with a batch of one; its key-value cache is repeated
-for every batch of leftovers. `share_prefix=False` is the plain twin: transformers' own generate on padded prompts.
+The prompts of a batch go through the model as one tree (tree/prefill.py); then all rows decode together, and a row
+that has ended leaves the batch. `share_prefix=False` is the plain twin: transformers' own generate on padded prompts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from espalier.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-# Below this many shared tokens a second forward costs more than it saves.
-MIN_SHARED_TOKENS = 16
+# Most bytes of keys and values that a batch holds: with many rows at once each weight is read once for all of them.
+CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,36 +86,100 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    batch_size: int = 16,
+    batch_size: int = 64,
     sampling: Sampling | None = None,
     share_prefix: bool = True,
 ) -> list[Generated]:
     """An answer for each prompt (token ids, not empty), in their order.
 
     An answer ends before the first of `stop_ids`, after max_new_tokens, or where the model's positions end. Prompts
-    of like length go into one batch. The model is put into eval mode for the time, and no gradient is kept. Raises
-    DataError for prompts that leave no room in the model.
+    that begin alike go into one batch, batch_size at most and as many as CACHE_BYTES hold. The model is put into eval
+    mode for the time, and no gradient is kept. Raises DataError for prompts that leave no room in the model.
     """
     sampling = sampling or Sampling()
     _check_room(model, prompts)
-    answers: dict[int, Generated] = {}
+    limits = [min(max_new_tokens, model_length(model) - len(ids)) for ids in prompts]
     with _inference(model, sampling.seed):
-        shared = _shared_length(prompts) if share_prefix and len(prompts) > 1 and keeps_plain_cache(model) else 0
-        prefix = _prefill(model, list(prompts[0][:shared])) if shared >= MIN_SHARED_TOKENS else None
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            batch = [list(prompts[i]) for i in chosen]
-            room = min(max_new_tokens, model_length(model) - max(map(len, batch)))
-            if prefix is not None:
-                suffixes = [ids[shared:] for ids in batch]
-                steps = _decode_steps(model, suffixes, sampling, stop_ids, room, copy.deepcopy(prefix))
-                rows = [list(row) for row in zip(*steps, strict=True)]
-            else:
-                rows = _plain(model, batch, sampling, stop_ids, room)
-            for i, ids in zip(chosen, rows, strict=True):
-                answers[i] = _answer(tokenizer, ids, stop_ids)
-    return [answers[i] for i in range(len(prompts))]
+        if share_prefix and keeps_plain_cache(model) and shares_prefixes(model):
+            rows = _by_tree(model, prompts, limits, sampling, stop_ids, batch_size)
+        else:
+            rows = _by_transformers(model, prompts, limits, sampling, stop_ids, batch_size)
+    return [_answer(tokenizer, rows[i], stop_ids) for i in range(len(prompts))]
+
+
+def shares_prefixes(model: Any) -> bool:
+    """True where a tree of prompts gives what each prompt alone gives."""
+    from espalier.tree.support import tree_support
+
+    return tree_support(model.config).mode == "tree"
+
+
+def _by_tree(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    batch_size: int,
+) -> dict[int, list[int]]:
+    """prompt -> new tokens, prompts that begin alike in one batch."""
+    from transformers import DynamicCache
+
+    from espalier.tree.attention import choose_attention
+    from espalier.tree.prefill import prefill
+
+    attention, _ = choose_attention(model.config, model.device)
+    answers: dict[int, list[int]] = {}
+    for chosen in _batches(model, prompts, limits, batch_size):
+        batch = [list(prompts[i]) for i in chosen]
+        cache = DynamicCache(config=model.config)
+        logits = prefill(model, batch, attention, cache, _cache_argument(model))
+        lengths, own_limits = list(map(len, batch)), [limits[i] for i in chosen]
+        steps = _decode_steps(model, logits, cache, lengths, own_limits, sampling, stop_ids)
+        answers |= {i: [] for i in chosen}
+        for pairs in steps:
+            for row, token in pairs:
+                answers[chosen[row]].append(token)
+    return answers
+
+
+def _batches(
+    model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int
+) -> Iterator[list[int]]:
+    """Numbers of prompts, neighbours in the order of their ids, as many at once as may be."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    batch: list[int] = []
+    longest = 0
+    for i in sorted(range(len(prompts)), key=lambda i: list(prompts[i])):
+        wanted = max(longest, len(prompts[i]) + limits[i])
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * wanted * token_bytes > CACHE_BYTES):
+            yield batch
+            batch, wanted = [], len(prompts[i]) + limits[i]
+        batch.append(i)
+        longest = wanted
+    if batch:
+        yield batch
+
+
+def _by_transformers(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    batch_size: int,
+) -> dict[int, list[int]]:
+    """prompt -> new tokens, prompts of like length in one batch."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, list[int]] = {}
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        rows = _plain(model, [list(prompts[i]) for i in chosen], sampling, stop_ids, max(limits[i] for i in chosen))
+        answers |= {i: ids[: limits[i]] for i, ids in zip(chosen, rows, strict=True)}
+    return answers
 
 
 def stream(
@@ -145,9 +208,10 @@ def stream(
         return answer
     decoder, ids = StreamDecoder(tokenizer), list[int]()
     with _inference(model, sampling.seed):
-        for tokens in _decode_steps(model, [list(prompt)], sampling, stop_ids, room):
-            ids.append(tokens[0])
-            if tokens[0] not in stop_ids and (piece := decoder.push(tokens[0])):
+        logits, cache = _prefill(model, list(prompt))
+        for ((_, token),) in _decode_steps(model, logits, cache, [len(prompt)], [room], sampling, stop_ids):
+            ids.append(token)
+            if token not in stop_ids and (piece := decoder.push(token)):
                 yield piece
             if ended():
                 break
@@ -176,23 +240,15 @@ def _answer(tokenizer: Any, ids: list[int], stop_ids: Collection[int]) -> Genera
     return Generated(tuple(kept), decode(tokenizer, kept), stopped=end is not None)
 
 
-def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with; each prompt keeps at least one of its own."""
-    # The first and the last in sorted order share what all share.
-    low, high = min(prompts, key=list), max(prompts, key=list)
-    limit = min(map(len, prompts)) - 1
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b or i == limit), limit)
-
-
-def _prefill(model: Any, ids: list[int]) -> Any:
-    """The key-value cache of `ids`, batch of one."""
+def _prefill(model: Any, ids: list[int]) -> tuple[torch.Tensor, Any]:
+    """(next-token logits float32 [1, V], key-value cache) of one prompt."""
     import torch
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    input_ids = torch.tensor([ids], device=model.device)
     with_cache = {_cache_argument(model): cache, "use_cache": True}
-    model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1, **with_cache)
-    return cache
+    return model(input_ids=input_ids, logits_to_keep=1, **with_cache).logits[:, -1].float(), cache
 
 
 def _cache_argument(model: Any) -> str:
@@ -203,47 +259,44 @@ def _cache_argument(model: Any) -> str:
 
 def _decode_steps(
     model: Any,
-    suffixes: list[list[int]],
+    logits: torch.Tensor,
+    cache: Any,
+    lengths: Sequence[int],
+    limits: Sequence[int],
     sampling: Sampling,
     stop_ids: Collection[int],
-    num_steps: int,
-    cache: Any = None,
-) -> Iterator[list[int]]:
-    """Yield one token a row and step until every row has stopped (a stopped row repeats its stop token).
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield (row, its next token) of all rows that still go on, the stop token included.
 
-    cache: that of the beginning all rows share, batch of one, or None. Suffixes are padded on the left, between the
-    shared beginning and themselves; the mask hides the padding and the positions skip it.
+    logits: float32 [B, V] of the first token. cache: of prompts of `lengths` tokens, on the right of the longest one's
+    width. The mask hides what stands left of them, and the positions skip it. A row ends with a stop token or after
+    `limits` tokens, and leaves the batch and the cache.
     """
     import torch
-    from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    shared, width, rows = cache.get_seq_length(), max(map(len, suffixes)), len(suffixes)
-    cache.batch_repeat_interleave(rows)
+    device, width = model.device, max(lengths)
+    prompt_lengths = torch.tensor(lengths, device=device)
+    mask = (torch.arange(width, device=device) >= width - prompt_lengths[:, None]).long()  # [B, L]
+    positions = prompt_lengths[:, None]  # [B, 1]
+    rows = list(range(len(lengths)))
     with_cache = {_cache_argument(model): cache, "use_cache": True}
-    device = model.device
-    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in suffixes], device=device)  # [B, W]
-    real = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in suffixes], device=device)  # [B, W]
-    mask = torch.cat([real.new_ones(rows, shared), real], dim=1)  # [B, P + W]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]  # [B, W]
-    stops = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
-    stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-    tokens = input_ids[:, -1]
-    for _ in range(num_steps):
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            logits_to_keep=1,
-            **with_cache,
-        ).logits[:, -1]  # [B, V]
-        tokens = torch.where(stopped, tokens, _choose(logits.float(), sampling))
-        stopped = stopped | torch.isin(tokens, stops)
-        yield tokens.tolist()
-        if bool(stopped.all()):
+    for step in range(1, max(limits) + 1):
+        tokens = _choose(logits, sampling)
+        pairs = list(zip(rows, tokens.tolist(), strict=True))
+        yield pairs
+        kept = [at for at, (row, token) in enumerate(pairs) if token not in stop_ids and step < limits[row]]
+        if not kept:
             return
-        input_ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+        if len(kept) < len(rows):
+            rows = [rows[at] for at in kept]
+            select = torch.tensor(kept, device=device)
+            cache.batch_select_indices(select)
+            tokens, mask, positions = tokens[select], mask[select], positions[select]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        output = model(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, logits_to_keep=1, **with_cache
+        )
+        logits, positions = output.logits[:, -1].float(), positions + 1  # [B, V]
 
 
 def _choose(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -319,8 +372,12 @@ def _inference(model: Any, seed: int) -> Iterator[None]:
     """Eval mode, no gradient, and a random state of our own: a training run's is left untouched."""
     import torch
 
+    from espalier.tree.attention import set_attention
+    from espalier.tree.loss import base_of
+
     was_training = model.training
     model.eval()
+    set_attention(base_of(model), None)  # a loss may have left the tree's
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
