@@ -36,18 +36,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     opened = open_evaluation(args.adapter, [args.rows], say=Header(Console(stderr=True)))
-    prompts = [item.prompt for item in opened.questions][: args.limit]
+    prompts = [question.prompt for question in opened.questions][: args.limit]
     device = choose_device()[0]
     dtype = torch.float32 if args.fp32 else choose_dtype(device)[0]
     model: Any = load_adapter(load_model(opened.base, device=device, dtype=dtype), Path(args.adapter))
     fast_lora(model)
     model.eval()
-    stops = list(opened.stop_ids)
+    stops = list(opened.layout.stop_ids)
     settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "stop_ids": stops}
-    generate(model, opened.tokenizer, prompts[:2], **{**settings, "max_new_tokens": 2})  # warm up
+    generate(model, opened.layout.tokenizer, prompts[:2], **{**settings, "max_new_tokens": 2})  # warm up
 
     started = time.perf_counter()
-    ours = generate(model, opened.tokenizer, prompts, **settings)
+    ours = generate(model, opened.layout.tokenizer, prompts, **settings)
     fast = time.perf_counter() - started
 
     started = time.perf_counter()

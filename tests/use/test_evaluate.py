@@ -140,7 +140,7 @@ def test_json_holds_everything(adapter: Path, rows: Path, capsys: pytest.Capture
         "count": {"rows": 1, "base": 0, "adapter": 0},
     }
     assert [(row["file"], row["line"]) for row in found["results"]] == [(str(rows), line) for line in range(1, 11)]
-    assert found["results"][3]["wanted"] == "plum 3"
+    assert found["results"][3]["wanted"] == " plum 3"
     assert found["results"][3]["base_answer"] is not None
     weights = [row["base_loss"] for row in found["results"]]
     assert np.mean(weights) == pytest.approx(found["metrics"]["loss"]["base"]["value"], rel=0.2)
