@@ -181,6 +181,39 @@ def test_d10_dequantised_base(shared: Path, tmp_path: Path, bits: int, capsys: p
     assert (logits(loaded(tmp_path / "m")) - theirs).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4), ("int8", 8)])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_d10_adapter_of_a_base_that_was_held_packed(shared: Path, tmp_path: Path, kind: Any, bits: int) -> None:
+    """Trained with --load_in_4bit or 8bit: into the 16-bit weights, said so; with --dequantize into those held."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    original = LlamaForCausalLM(LlamaConfig(vocab_size=340, initializer_range=0.2, **sizes)).to(torch.bfloat16)
+    base = tmp_path / "base"
+    original.save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(shared / "tiny-llama" / name, base / name)
+    adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    with pytest.raises(UsageError, match="is not quantised, nor was it held so in training"):
+        merge(adapter, tmp_path / "m", str(base), dequantize=True)
+    packed = load_model(base, device="cpu", dtype=torch.bfloat16, quantization=kind)
+    record = {"base": {"name": "base", "fingerprint": base_fingerprint(packed), "held_as": kind}}
+    (adapter / "espalier.json").write_text(json.dumps(record))
+    plain = merge(adapter, tmp_path / "m16", str(base), "float32")
+    assert any(
+        note.startswith(f"trained on the base held as {kind}, merged into its own weights") for note in plain.notes
+    )
+    found = merge(adapter, tmp_path / "m", str(base), "float32", dequantize=True)
+    assert any(note.startswith(f"the base's {bits}-bit weights were de-quantised to bfloat16") for note in found.notes)
+    name = "model.layers.0.mlp.down_proj.weight"  # no adapter on it
+    kept, unpacked = (load_file(tmp_path / folder / "model.safetensors")[name] for folder in ("m16", "m"))
+    assert torch.equal(kept, original.state_dict()[name].float())
+    assert torch.equal(unpacked, packed.dequantize(torch.bfloat16).state_dict()[name].float())
+    assert not torch.equal(kept, unpacked)
+
+
 def test_taken_folder_is_refused(tiny_llama_dir: Path, adapter_good_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="this folder is not empty"):

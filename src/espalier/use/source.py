@@ -9,12 +9,12 @@ from typing import Any
 
 from espalier.encode.stops import generation_stop_ids
 from espalier.encode.template import ChatTemplate, resolve_template
-from espalier.errors import AdapterError, ModelError, UsageError
+from espalier.errors import AdapterError, ModelError
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
 from espalier.model.load import ModelPath, load_config, sane_generation_config
 from espalier.model.load_adapter import NO_FINGERPRINT, check_adapter_folder, read_record, to_stderr
 from espalier.use.adapter_base import adapter_tokenizer, find_base
-from espalier.use.dequantize import dequantized
+from espalier.use.dequantize import dequantized, is_stored_packed
 from espalier.use.merged_weights import MergedWeights, adapted_model, empty_base
 from espalier.use.shards import NamedTensors, Shards, safetensors_folder
 from espalier.use.weighted_sum import weighted_sum
@@ -50,17 +50,14 @@ def open_source(
     folder = folders[0]
     base = find_base(folder, model_path)
     config = load_config(base, trust_remote_code)
-    quantised = getattr(config, "quantization_config", None) is not None and base.kind != "gguf"
-    if quantised and not dequantize:
+    if is_stored_packed(base, config) and not dequantize:
         raise ModelError(
             "the base's weights are quantised: a sum rounded to so few bits is not the adapter that was trained",
             where=base.said,
             todo="Give the 16-bit original with --model_path, or merge into these weights unpacked, by --dequantize.",
         )
-    if dequantize and not quantised:
-        raise UsageError(f"{base.said} is not quantised", where="--dequantize", todo="Leave it out.")
     note: str | None
-    if quantised:
+    if dequantize:
         where, note = scratch / "base", dequantized(base, config, folders, scratch / "base")
     else:
         where, note = safetensors_folder(base, scratch / "base")
@@ -68,9 +65,15 @@ def open_source(
         config = load_config(where, trust_remote_code)
     tokenizer, notices = adapter_tokenizer(folder, base, trust_remote_code)
     notes = [f"base: {base.said}", *([] if note is None else [note]), *notices]
+    held = {str(read_record(each).get("base", {}).get("held_as")) for each in folders} - {"None"}
+    if held and not dequantize:
+        notes.append(
+            f"trained on the base held as {' and '.join(sorted(held))}, merged into its own weights; --dequantize "
+            "takes those that were trained on"
+        )
     empty = empty_base(config, trust_remote_code)
     shards = Shards(where, getattr(empty, "all_tied_weights_keys", None))
-    if not quantised:
+    if not dequantize:
         _check_bases(folders, base, empty, shards)
     if isinstance(adapter, Mapping):
         folder = weighted_sum(
