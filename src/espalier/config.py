@@ -96,6 +96,9 @@ class RunConfig:
     lora_forward: Literal["fast", "peft"] = option(
         "fast", "arithmetic of the LoRA layers: one function of ours where it applies, or PEFT's own forward", "LoRA"
     )
+    norm_forward: Literal["fast", "stock"] = option(
+        "fast", "arithmetic of RMSNorm on a CPU: torch's fused kernels where they apply, or the model's own", "LoRA"
+    )
     modules_to_save: list[str] = option([], "further modules trained in full and saved", "LoRA", many=True)
     continue_training: bool = option(False, "start from the adapter in --checkpoint, as a new run", "LoRA", common=True)
     checkpoint: str | None = option(None, "adapter folder for --continue_training", "LoRA", common=True)

@@ -19,7 +19,7 @@ def test_fast_lora_matches_peft_over_a_run(dropout: float, tmp_path: Path, tiny_
         _, text = run(
             tiny_llama_dir, rows, out, max_steps=STEPS, lora_forward=forward, lora_dropout=dropout, self_check="on"
         )
-        assert f"  lora       {said}\n" in text
+        assert f"  lora       {said}" in text
         losses[forward] = [entry["loss"] for entry in log_of(out)]
     assert len(losses["fast"]) == STEPS
     assert losses["fast"] == pytest.approx(losses["peft"], abs=1e-5)
@@ -29,4 +29,16 @@ def test_fast_lora_matches_peft_over_a_run(dropout: float, tmp_path: Path, tiny_
 def test_dora_goes_through_peft_and_the_header_says_so(tmp_path: Path, tiny_llama_dir: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
     _, text = run(tiny_llama_dir, rows, tmp_path / "out", max_steps=1, use_dora=True)
-    assert "  lora       PEFT's forward in 14 layers (DoRA x14)\n" in text
+    assert "  lora       PEFT's forward in 14 layers (DoRA x14); fused norms: 5\n" in text
+
+
+def test_fast_norm_matches_stock_over_a_run(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    losses = {}
+    for forward, said in (("fast", "own forward in 14 layers; fused norms: 5"), ("stock", "own forward in 14 layers")):
+        out = tmp_path / forward
+        _, text = run(tiny_llama_dir, rows, out, max_steps=STEPS, norm_forward=forward, self_check="on")
+        assert f"  lora       {said}" in text
+        losses[forward] = [entry["loss"] for entry in log_of(out)]
+    assert len(losses["fast"]) == STEPS
+    assert losses["fast"] == pytest.approx(losses["stock"], abs=1e-5)

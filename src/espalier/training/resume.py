@@ -44,6 +44,7 @@ MAY_CHANGE = frozenset(
         "tree",
         "attention",
         "lora_forward",
+        "norm_forward",
         "on_nonfinite",
         "max_nonfinite_steps",
         "max_tokens_per_pack",

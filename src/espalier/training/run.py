@@ -238,6 +238,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
             self_check=config.self_check == "on",
             lora_forward=config.lora_forward,
             loraplus_lr_ratio=config.loraplus_lr_ratio,
+            norm_forward=config.norm_forward,
             on_nonfinite=config.on_nonfinite,
             max_nonfinite_steps=config.max_nonfinite_steps,
         ),
@@ -245,7 +246,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
     )
     trainer.base_fingerprint = fingerprint
     trainer.remove_callback(PrinterCallback)
-    say("lora", str(trainer.lora_counts))
+    say("lora", f"{trainer.lora_counts}{trainer.describe_norms()}")
     say("tree", trainer.describe_tree())
     return trainer
 

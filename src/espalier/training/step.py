@@ -25,6 +25,7 @@ class StepOptions:
     attention: auto, reference or merged. max_tokens_per_pack: most unique tokens a forward. micro_batch_rows None:
     the trainer's per_device_train_batch_size. lora_forward: fast (one function a LoRA layer) or peft.
     loraplus_lr_ratio: learning rate of every B over that of A (LoRA+).
+    norm_forward: fast or stock.
     on_nonfinite: stop, or skip a step whose loss or gradient is not finite, up to max_nonfinite_steps in a row.
     """
 
@@ -39,6 +40,7 @@ class StepOptions:
     max_nonfinite_steps: int = 5
     lora_forward: str = "fast"
     loraplus_lr_ratio: float | None = None
+    norm_forward: str = "fast"
 
 
 @dataclass(frozen=True, slots=True)

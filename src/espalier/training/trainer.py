@@ -74,11 +74,14 @@ class LoraTrainer(Trainer):
         max_length: int | None = None,
     ):
         from espalier.model.fast_lora import fast_lora, peft_lora
+        from espalier.model.fast_norm import fast_norms, stock_norms
 
         peft_model, processing_class = model_and_tokenizer(model, processing_class, peft_config)
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="runs/trainer")
         self.options = options or StepOptions()
         self.lora_counts = fast_lora(peft_model) if self.options.lora_forward == "fast" else peft_lora(peft_model)
+        stock_norms(peft_model)
+        self.fast_norms, self.stock_norms = fast_norms(peft_model) if self.options.norm_forward == "fast" else (0, 0)
         self.micro_batch_rows = self.options.micro_batch_rows or args.per_device_train_batch_size
         self.rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.keep_checkpoints = args.save_total_limit
@@ -132,6 +135,12 @@ class LoraTrainer(Trainer):
         )
         if self.args.world_size > 1:
             raise UsageError("training on several processes is not supported yet", todo="Start one process.")
+
+    def describe_norms(self) -> str:
+        """The end of the header's line on layers: how many norms are computed by which forward."""
+        if not self.fast_norms:
+            return ""
+        return f"; fused norms: {self.fast_norms}" + (f", {self.stock_norms} as they are" if self.stock_norms else "")
 
     def describe_tree(self) -> str:
         """One line for the header: what is shared, how, and what the first step gains."""

@@ -10,6 +10,7 @@ import torch
 
 from espalier.encode.encode import Encoded
 from espalier.model.fast_lora import fast_lora, is_fast, peft_lora
+from espalier.model.fast_norm import FastNorm, fast_norms, stock_norms
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import base_of, plain_loss, tree_loss
 from espalier.tree.plan import common_prefix, plan_step
@@ -62,7 +63,7 @@ def rows_to_check(rows: Sequence[Encoded], count: int = 3) -> list[Encoded]:
 def self_check(
     model: torch.nn.Module, rows: Sequence[Encoded], pad_id: int, *, attention: str = "reference"
 ) -> SelfCheck:
-    """Loss and gradient of `rows` by the tree and by the plain twins: padded rows, PEFT's own forward; no dropout.
+    """Loss and gradient of `rows` by the tree and by the plain twins: padded rows, stock forwards; no dropout.
 
     Give it few rows: the plain twin pads them and holds full logits. The model's gradients, its training mode and
     the random state are left as they were. Every shared token is shared here, so that the tree is really tested.
@@ -74,6 +75,7 @@ def self_check(
     training = [module for module in model.modules() if module.training]
     device = base_of(model).device
     was_fast = any(is_fast(module) for module in model.modules())
+    had_fast_norms = any(isinstance(module, FastNorm) for module in model.modules())
     try:
         model.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -86,6 +88,7 @@ def self_check(
             grads_tree = _gradients(parameters)
             _clear(parameters)
             peft_lora(model)
+            stock_norms(model)
             plain = plain_loss(model, rows, pad_id)
             (plain.loss_sum / plain.num_supervised).backward()
             loss_plain = float(plain.loss_sum.detach()) / plain.num_supervised
@@ -93,6 +96,8 @@ def self_check(
     finally:
         if was_fast:
             fast_lora(model)
+        if had_fast_norms:
+            fast_norms(model)
         for module in training:
             module.training = True
         for parameter, grad in zip(parameters, kept, strict=True):
