@@ -97,11 +97,11 @@ def test_every_option_is_decided_on_purpose() -> None:
     assert fixed == {
         "bf16", "checkpoint", "columns", "continue_training", "encoding", "eval_dataset_path", "eval_fraction",
         "format", "fp16", "fp32", "gradient_accumulation_steps", "group_by_prefix", "init_lora_weights",
-        "input_sentence", "layers_to_transform", "learning_rate", "lora_alpha", "lora_dropout", "lora_rank",
-        "lr_scheduler_type", "max_grad_norm", "max_seq_length", "modules_to_save", "optim", "overlength",
-        "per_device_train_batch_size", "seed", "streaming",
-            "streaming_window", "target_modules", "template", "train_on", "use_cpu", "use_dora",
-        "use_rslora", "warmup_steps", "weight_decay",
+        "input_sentence", "layers_to_transform", "learning_rate", "load_in_4bit", "load_in_8bit", "lora_alpha",
+        "lora_dropout", "lora_rank", "loraplus_lr_ratio", "lr_scheduler_type", "max_grad_norm", "max_seq_length",
+        "modules_to_save", "optim", "overlength", "per_device_train_batch_size", "seed", "streaming",
+        "streaming_window", "target_modules", "template", "train_on", "use_cpu", "use_dora", "use_rslora",
+        "warmup_steps", "weight_decay",
     }  # fmt: skip
 
 
