@@ -93,13 +93,16 @@ def test_greedy_tokens_are_ours(xllamacpp_python: Path, tmp_path: Path, form: st
 
 
 def test_the_demos_adapter_goes_the_whole_way(xllamacpp_python: Path, tmp_path: Path) -> None:
-    """Verified, merged, written as GGUF, all verified; llama.cpp's chat answers five held-out questions as we do."""
+    """Evaluated, merged, written as GGUF, all verified; llama.cpp's chat answers five held-out questions as we do."""
     adapter = os.environ.get("ESPALIER_TEST_ADAPTER")
     if adapter is None:
         pytest.skip("ESPALIER_TEST_ADAPTER names no adapter of the default model")
     merged, files = str(tmp_path / "merged"), str(tmp_path / "g")
+    lines = ROWS.read_text(encoding="utf-8").splitlines()[::15][:5]
+    (tmp_path / "five.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for argv in (
         ["verify", adapter, "--use_cpu"],
+        ["evaluate", "--adapter", adapter, "--dataset_path", str(tmp_path / "five.jsonl"), "--generate", "--use_cpu"],
         ["merge", "--adapter", adapter, "--output_dir", merged],
         ["verify", merged],
         ["merge", "--adapter", adapter, "--output_dir", files, "--format", "gguf"],
