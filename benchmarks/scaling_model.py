@@ -56,7 +56,9 @@ def main() -> None:
     if args.all_reduce:
         print(json.dumps({"seconds": timed_all_reduce(args.all_reduce)}), flush=True)
         return
-    rows = encoded_rows(args)
+    from rows import encoded_rows
+
+    rows = encoded_rows(args.data, args.model)
     if args.measure:
         measured(args, rows)
     if args.gpus:
@@ -205,21 +207,6 @@ def adapter_parameters(args: argparse.Namespace) -> int:
     model = empty_model(load_config(resolve_model(args.model)))
     adapter = add_adapter(model, lora_config(rank=defaults.lora_rank, alpha=defaults.lora_alpha))
     return sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
-
-
-def encoded_rows(args: argparse.Namespace) -> Sequence[Any]:
-    """The rows of the file as training has them."""
-    from espalier.encode.encode import Encoder
-    from espalier.encode.length import length_limit
-    from espalier.encode.store import encode_files
-    from espalier.encode.template import resolve_template
-    from espalier.model.load import load_config, load_tokenizer, resolve_model
-
-    ref = resolve_model(args.model)
-    tokenizer = load_tokenizer(ref)
-    limit, _ = length_limit(None, tokenizer, load_config(ref))
-    encoder = Encoder(tokenizer, resolve_template(tokenizer, None), max_length=limit)
-    return encode_files([str(args.data)], encoder).dataset
 
 
 if __name__ == "__main__":

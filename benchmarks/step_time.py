@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--peers", nargs="+", default=["trl", "best", "seed"])
     parser.add_argument("--peer-script", type=Path)
+    parser.add_argument("--peer-tokens", action="store_true", help="give the peer ids and labels: peer_tokens.py")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--train-option", nargs="*", default=[], help="further options of ours, as lora_forward=peft")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
@@ -53,7 +54,8 @@ def main() -> None:
             parser.error("--peer-script is needed, or --ours-only")
         from espalier.model.load import resolve_model
 
-        common = ["--model", str(resolve_model(args.model).path), "--data", str(args.data)]
+        data = tokens_of(args) if args.peer_tokens else args.data
+        common = ["--model", str(resolve_model(args.model).path), "--data", str(data)]
         common += ["--steps", str(args.steps), "--batch", str(args.batch)]
         for peer in args.peers:
             try:
@@ -73,6 +75,17 @@ def main() -> None:
         print(json.dumps({"ratios": ratios}), flush=True)
 
 
+def tokens_of(args: argparse.Namespace) -> Path:
+    """A file with the ids and labels of the rows that are run, for a peer that cannot lay them out."""
+    from rows import encoded_rows
+
+    path = Path(tempfile.mkdtemp()) / "tokens.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for _, row in zip(range(args.steps * args.batch), encoded_rows(args.data, args.model), strict=False):
+            file.write(json.dumps({"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()}) + "\n")
+    return path
+
+
 def run(command: list[str]) -> dict[str, Any]:
     """The last JSON line that a process prints, which is printed here too."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ALLOCATOR}, check=True)
@@ -89,19 +102,26 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     from espalier.config import RunConfig
 
     times: list[tuple[float, float]] = []
+    work: list[tuple[int, int, int]] = []  # unique tokens, (query, key) pairs, positions with a label
 
     class StepTimes(TrainerCallback):
+        def __init__(self, trainer: Any):
+            self.trainer = trainer
+
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append((time.perf_counter() - self.start[0], time.process_time() - self.start[1]))
+            packs = self.trainer._batch.packs
+            pairs, labels = sum(pack.num_pairs for pack in packs), sum(len(pack.target_ids) for pack in packs)
+            work.append((sum(pack.num_tokens for pack in packs), pairs, labels))
 
     build = training_run.build_trainer
 
     def build_with_times(*given: Any) -> Any:
         trainer = build(*given)
-        trainer.add_callback(StepTimes())
+        trainer.add_callback(StepTimes(trainer))
         return trainer
 
     training_run.build_trainer = build_with_times
@@ -138,6 +158,9 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         "data": args.data.name,
         "median_seconds": round(statistics.median(wall for wall, _ in late), 2),
         "min_seconds": round(min(wall for wall, _ in late), 2),
+        "unique_tokens": statistics.median(tokens for tokens, _, _ in work[WARM_UP:] or work),
+        "attention_pairs": statistics.median(pairs for _, pairs, _ in work[WARM_UP:] or work),
+        "label_positions": statistics.median(labels for _, _, labels in work[WARM_UP:] or work),
         "median_cpu_seconds": round(statistics.median(cpu for _, cpu in late), 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "prompt_share": round(1 - rate("unique_tokens") / rate("logical_tokens"), 4),
