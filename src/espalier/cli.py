@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -447,16 +448,17 @@ def _encoder(
     return Encoder(tokenizer, chat_template, max_length=limit, overlength=overlength, train_on=train_on)
 
 
-def main() -> None:
+def main(command: Callable[[], Any] = app) -> None:
     """The `espalier` command: runs `app`, prints our errors without a traceback, and exits with their code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console that cannot write a character must not end the run
             stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        app()
+        command()
     except EspalierError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.told_elsewhere:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

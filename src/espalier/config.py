@@ -202,6 +202,15 @@ class RunConfig:
     )
     fp32: bool = option(False, "float32 base", "Hardware", common=True)
     use_cpu: bool = option(False, "stay on the CPU", "Hardware", hf=True)
+    fsdp: bool = option(
+        False,
+        "several processes: each holds a piece of the base's layers, and gathers a layer to run it",
+        "Hardware",
+        hf=True,
+    )
+    fsdp_config: str | None = option(
+        None, "JSON file with reshard_after_forward and cpu_offload, for --fsdp", "Hardware", hf=True
+    )
     dataloader_num_workers: int = option(0, "processes that plan steps ahead", "Hardware", hf=True)
 
     # All other options of TrainingArguments that the user set, by name.

@@ -35,9 +35,11 @@ class EspalierError(Exception):
 
     `what` is one sentence that names the value; `where` a place such as `train.jsonl:12`, `run.yaml: lora_rank` or
     a tensor's name; `todo` what to do about it. `details` are further lines of the same kind, shown below as a list.
+    `told_elsewhere`: another process of the same run prints it.
     """
 
     exit_code = 2
+    told_elsewhere = False
 
     def __init__(self, what: str, *, where: str | None = None, todo: str | None = None, details: Sequence[str] = ()):
         self.what, self.where, self.todo, self.details = what, where, todo, tuple(details)

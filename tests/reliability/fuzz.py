@@ -223,6 +223,7 @@ def checkpoints() -> Target:
     from espalier.training.checkpoint_files import (
         damage,
         load_random,
+        plain_random,
         random_state,
         run_of,
         save_random,
@@ -231,7 +232,7 @@ def checkpoints() -> Target:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_random(random_state(), folder)
+        save_random([plain_random(random_state())], folder)
         write_manifest(folder, "run")
         seeds = [(p.name, p.read_bytes()) for p in sorted(folder.iterdir())]
         whole = dict(seeds)

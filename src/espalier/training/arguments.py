@@ -27,6 +27,7 @@ class Refusal:
 
 _LOGITS = "evaluation keeps sums only (loss, tokens, hits), never logits"
 _HUB = "runs do no uploads; use `huggingface-cli upload` on the finished folder"
+_DDP = "processes add up their gradients once a step, without DistributedDataParallel"
 _AUTOCAST = "the base is loaded in the chosen precision and the adapter stays float32: there is no autocast to switch"
 
 REFUSED: dict[str, Refusal] = {
@@ -83,15 +84,14 @@ REFUSED: dict[str, Refusal] = {
     "hub_revision": Refusal(_HUB),
     "optim_target_modules": Refusal("the optimizer trains the adapter; --target_modules says where it sits"),
     "accelerator_config": Refusal("how batches are formed is fixed here: rows a step = batch size x accumulation"),
-    "parallelism_config": Refusal("training on several devices is not supported yet"),
-    "fsdp": Refusal("training on several devices is not supported yet"),
-    "fsdp_config": Refusal("training on several devices is not supported yet"),
-    "deepspeed": Refusal("training on several devices is not supported yet"),
-    "ddp_find_unused_parameters": Refusal("training on several devices is not supported yet"),
-    "ddp_bucket_cap_mb": Refusal("training on several devices is not supported yet"),
-    "ddp_broadcast_buffers": Refusal("training on several devices is not supported yet"),
-    "ddp_static_graph": Refusal("training on several devices is not supported yet"),
-    "ddp_backend": Refusal("training on several devices is not supported yet"),
+    "parallelism_config": Refusal("processes share the rows of a step, and with --fsdp the base: nothing else yet"),
+    "deepspeed": Refusal("not supported yet: --fsdp shards a frozen base"),
+    "ddp_find_unused_parameters": Refusal(_DDP),
+    "ddp_bucket_cap_mb": Refusal(_DDP),
+    "ddp_broadcast_buffers": Refusal(_DDP),
+    "ddp_static_graph": Refusal(_DDP),
+    "ddp_backend": Refusal("NCCL between GPUs, gloo between CPUs"),
+    "ddp_timeout": Refusal("a process that is lost is missed within a minute; one that works may take its time"),
     "do_train": Refusal("`espalier train` trains", (True,)),
     "do_eval": Refusal("held-out rows are evaluated where --eval_strategy says so"),
     "do_predict": Refusal("`espalier chat` answers prompts", (False,)),
@@ -140,8 +140,9 @@ def check_optimizer(config: RunConfig) -> None:
         )
 
 
-def training_arguments(config: RunConfig, *, fp16_scaler: bool = False) -> TrainingArguments:
-    """What HF's Trainer gets. fp16_scaler: the base is float16, so gradients are scaled.
+def training_arguments(config: RunConfig, *, fp16_scaler: bool = False, on_cpu: bool = False) -> TrainingArguments:
+    """What HF's Trainer gets. fp16_scaler: the base is float16, so gradients are scaled. on_cpu: there is no
+    accelerator; accelerate looks for other processes only where it knows.
 
     Raises UsageError for values that TrainingArguments itself refuses.
     """
@@ -179,7 +180,7 @@ def training_arguments(config: RunConfig, *, fp16_scaler: bool = False) -> Train
             save_total_limit=config.save_total_limit,
             report_to=config.report_to,
             fp16=fp16_scaler,
-            use_cpu=config.use_cpu,
+            use_cpu=config.use_cpu or on_cpu,
             dataloader_num_workers=config.dataloader_num_workers,
             disable_tqdm=True,
             remove_unused_columns=False,

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,18 +27,38 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import set_seed
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from espalier.errors import CheckpointError, RunFolderError
 from espalier.training import checkpoint_files as files
-from espalier.training.checkpoint_files import MANIFEST, PROGRESS, STATE, damage, random_state, read_json, run_of
+from espalier.training.checkpoint_files import (
+    MANIFEST,
+    PROGRESS,
+    STATE,
+    damage,
+    plain_random,
+    random_state,
+    read_json,
+    run_of,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from espalier.training.trainer import LoraTrainer
 
-__all__ = ["MANIFEST", "STATE", "CheckpointKeeper", "check_writable", "damage", "random_state", "run_of", "step_of"]
+__all__ = [
+    "MANIFEST",
+    "STATE",
+    "CheckpointKeeper",
+    "check_writable",
+    "damage",
+    "plain_random",
+    "random_state",
+    "run_of",
+    "step_of",
+]
 
 
 class CheckpointKeeper:
@@ -71,8 +91,8 @@ class CheckpointKeeper:
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    def save(self, trainer: LoraTrainer, random: Mapping[str, Any] | None = None) -> Path:
-        """Write the checkpoint of the trainer's step. random: the state to go on with, if not the present one.
+    def save(self, trainer: LoraTrainer, random: Sequence[Mapping[str, Any]]) -> Path:
+        """Write the checkpoint of the trainer's step. random: every rank's state to go on with, see `plain_random`.
 
         Raises RunFolderError where the disk does not take it; nothing is left behind then, and older ones are
         untouched. Older ones that `keep` does not cover are deleted only after the new one is whole.
@@ -86,7 +106,7 @@ class CheckpointKeeper:
         self._forget(trainer.state)
         return target
 
-    def write_parts(self, trainer: LoraTrainer, folder: Path, random: Mapping[str, Any] | None = None) -> None:
+    def write_parts(self, trainer: LoraTrainer, folder: Path, random: Sequence[Mapping[str, Any]]) -> None:
         """All files of a checkpoint of the trainer as it is now, into `folder`, its manifest last."""
         for name in self.companions:
             if (self.folder / name).is_file():
@@ -96,7 +116,7 @@ class CheckpointKeeper:
         files.write_json(folder / "scheduler.json", files.plain(_scheduler(trainer).state_dict()))
         if trainer.accelerator.scaler is not None:
             files.write_json(folder / "scaler.json", files.plain(trainer.accelerator.scaler.state_dict()))
-        files.save_random(random if random is not None else random_state(), folder)
+        files.save_random(random, folder)
         files.write_json(folder / PROGRESS, trainer.progress())
         self._write_state(trainer, folder)
 
@@ -262,7 +282,11 @@ class CheckpointKeeper:
 
     def load_random(self, trainer: LoraTrainer, checkpoint: Path) -> None:
         """Random states and the log line in the making; the Trainer asks for this right before the first step."""
-        files.set_random_state(files.load_random(checkpoint))
+        rank = trainer.ranks.rank
+        if rank and not (checkpoint / f"{files.random_stem(rank)}.json").is_file():  # there were fewer ranks
+            set_seed(trainer.args.seed + rank + trainer.state.global_step)
+        else:
+            files.set_random_state(files.load_random(checkpoint, rank))
         trainer.set_progress(read_json(checkpoint / PROGRESS))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import random as python_random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,7 +35,9 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        # One rank of several has one device, and must not reach for those of the others.
+        several = "LOCAL_RANK" in os.environ
+        state["cuda"] = [torch.cuda.get_rng_state()] if several else torch.cuda.get_rng_state_all()
     return state
 
 
@@ -54,23 +56,45 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     )
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(list(state["cuda"]))
+        if "LOCAL_RANK" in os.environ:
+            torch.cuda.set_rng_state(state["cuda"][0])
+        else:
+            torch.cuda.set_rng_state_all(list(state["cuda"]))
 
 
-def save_random(state: Mapping[str, Any], folder: Path) -> None:
-    """random.safetensors and random.json from what `random_state` gave."""
-    tensors = {"torch": state["torch"], "numpy.key": torch.from_numpy(state["numpy"]["key"].astype(np.int64))}
-    tensors |= {f"cuda.{i}": s for i, s in enumerate(state.get("cuda", []))}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(folder / "random.safetensors"))
-    numpy_rest = {name: value for name, value in state["numpy"].items() if name != "key"}
-    write_json(folder / "random.json", {"python": state["python"], "numpy": plain(numpy_rest)})
+def plain_random(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What `random_state` gave, as JSON holds it: a rank tells rank 0, which writes."""
+    return {
+        "python": state["python"],
+        "numpy": {**state["numpy"], "key": np.asarray(state["numpy"]["key"]).tolist()},
+        "torch": state["torch"].tolist(),
+        "cuda": [device.tolist() for device in state.get("cuda", [])],
+    }
 
 
-def load_random(folder: Path) -> dict[str, Any]:
+def save_random(states: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """random.safetensors and random.json from what `plain_random` gave; those of further ranks as random-<rank>.*."""
+    for rank, state in enumerate(states):
+        stem = random_stem(rank)
+        tensors = {"torch": torch.tensor(state["torch"], dtype=torch.uint8)}
+        tensors["numpy.key"] = torch.tensor(state["numpy"]["key"], dtype=torch.int64)
+        tensors |= {f"cuda.{i}": torch.tensor(s, dtype=torch.uint8) for i, s in enumerate(state["cuda"])}
+        save_file(tensors, str(folder / f"{stem}.safetensors"))
+        numpy_rest = {name: value for name, value in state["numpy"].items() if name != "key"}
+        write_json(folder / f"{stem}.json", {"python": state["python"], "numpy": plain(numpy_rest)})
+
+
+def random_stem(rank: int) -> str:
+    """Name of a rank's random state in a checkpoint, without its ending."""
+    return f"random-{rank}" if rank else "random"
+
+
+def load_random(folder: Path, rank: int = 0) -> dict[str, Any]:
     """What `save_random` wrote. Raises CheckpointError: random states are never left out without a word (case C15)."""
+    stem = random_stem(rank)
     try:
-        tensors = load_file(str(folder / "random.safetensors"))
-        values = read_json(folder / "random.json")
+        tensors = load_file(str(folder / f"{stem}.safetensors"))
+        values = read_json(folder / f"{stem}.json")
         state = {"python": values["python"], "numpy": {**values["numpy"], "key": tensors["numpy.key"].numpy()}}
         state["torch"] = tensors["torch"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:

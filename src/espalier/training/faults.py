@@ -67,15 +67,18 @@ class NonFinite:
     total: int = 0
     scaler_in_row: int = 0
 
-    def met(self, what: str, value: float, step: int, rows: str, last: Path | None) -> None:
-        """The step `step` is bad: `what` (loss, gradient norm) is `value`. Raises TrainingError where the run stops."""
+    def met(self, what: str, value: float, step: int, rows: str, last: Path | None, where: str | None = None) -> None:
+        """The step `step` is bad: `what` (loss, gradient norm) is `value`. Raises TrainingError where the run stops.
+
+        where: the ranks on which it is so, if there are several.
+        """
         self.in_row += 1
         self.total += 1
         if not self.skip or self.in_row > self.most_in_row:
-            raise self._error(what, value, step, rows, last, self.in_row - 1)
+            raise self._error(what, value, step, rows, last, self.in_row - 1, where)
         self.notice(
             f"step {step} is skipped ({self.in_row} in a row, at most {self.most_in_row}): "
-            f"the {what} is {value}; rows: {rows or 'from memory'}"
+            f"the {what} is {value}{f' on {where}' if where else ''}; rows: {rows or 'from memory'}"
         )
 
     def met_by_scaler(self, step: int, rows: str, last: Path | None) -> None:
@@ -89,10 +92,13 @@ class NonFinite:
         self.in_row = self.scaler_in_row = 0
 
     @staticmethod
-    def _error(what: str, value: float, step: int, rows: str, last: Path | None, skipped: int) -> TrainingError:
+    def _error(
+        what: str, value: float, step: int, rows: str, last: Path | None, skipped: int, where: str | None = None
+    ) -> TrainingError:
         after = f", after {skipped} skipped steps in a row" if skipped else ""
         return TrainingError(
             f"the {what} of step {step} is {value}{after}",
+            where=where,
             details=[f"rows of the step: {rows}" if rows else "the rows come from memory"],
             todo=f"Nothing was saved after it; last checkpoint: {last or 'none'}. "
             "Try a lower --learning_rate, or --fp32; look at these rows with `espalier inspect`.",

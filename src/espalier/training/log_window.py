@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from espalier.training.step import StepBatch
 
 
@@ -18,17 +16,18 @@ class LogWindow:
     logical: int = 0
     unique: int = 0
     seconds: float = 0.0
-    correct: Any = 0  # a tensor, so that adding to it does not wait for the device
+    correct: float = 0.0
     steps: int = 0
     lost: int = 0
     skipped: int = 0
 
-    def add(self, batch: StepBatch, correct: torch.Tensor, seconds: float) -> None:
+    def add(self, batch: StepBatch, correct: float, unique: int, seconds: float) -> None:
+        """A step. batch: this rank's share of it; correct, unique: tokens of the whole step; seconds: of this rank."""
         self.supervised += batch.num_supervised
         self.logical += batch.logical_tokens
-        self.unique += batch.unique_tokens
+        self.unique += unique
         self.seconds += seconds
-        self.correct = self.correct + correct
+        self.correct += correct
         self.steps += 1
 
     def add_lost(self) -> None:
@@ -36,7 +35,7 @@ class LogWindow:
         self.lost += 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "correct": float(self.correct)}
+        return asdict(self)
 
     def mean_of_the_rest(self, logs: dict[str, float]) -> None:
         """Make the mean loss that of the steps which have one; take it away where none has."""
@@ -50,7 +49,7 @@ class LogWindow:
         if not self.supervised:
             return counted
         return {
-            "token_accuracy": float(self.correct) / self.supervised,
+            "token_accuracy": self.correct / self.supervised,
             "supervised_tokens": self.supervised,
             "logical_tokens": self.logical,
             "unique_tokens": self.unique,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,9 @@ from espalier.model.embedded import cache_root
 from espalier.model.load import ModelPath, check_causal_lm, load_config, load_tokenizer, own_code, resolve_model
 from espalier.model.lora import check_targets, empty_model, num_embedding_rows
 from espalier.model.quantized import Kind, check_quantization
+from espalier.model.shard import check_settings
 from espalier.training.arguments import check_optimizer, refused_options
+from espalier.training.ranks import place
 from espalier.training.streaming import StreamedSteps, rows_that_stop, stream_digest
 
 if TYPE_CHECKING:
@@ -67,6 +71,13 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
     check_optimizer(config)
     if not config.dataset_path:
         raise UsageError("no rows to train on", where="--dataset_path", todo="Give one or more data files.")
+    fsdp_settings(config)
+    if "-" in config.dataset_path + config.eval_dataset_path and place().world > 1:
+        raise UsageError(
+            "standard input can be read by one process, and this run has several",
+            where="--dataset_path -",
+            todo="Write the rows to a file first.",
+        )
     ref = resolve_model(config.model_path)
     say("model", ref.said)
     for line in own_code(ref) if config.trust_remote_code else ():
@@ -144,6 +155,46 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
     )
 
 
+def fsdp_settings(config: RunConfig) -> dict[str, Any]:
+    """What --fsdp_config says. Raises UsageError: no --fsdp, one process, a file or a setting that cannot be used."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UsageError(
+            "accelerate's own sharding does not fit the prompt tree",
+            where="accelerate launch --use_fsdp",
+            todo="Leave it out there, and add --fsdp here.",
+        )
+    if config.fsdp and place().world == 1:
+        raise UsageError(
+            "it shards the base over several processes, and this is one",
+            where="--fsdp",
+            todo="Start the run with torchrun --nproc_per_node N -m espalier train ...",
+        )
+    if config.fsdp and (config.load_in_4bit or config.load_in_8bit):
+        raise UsageError(
+            "a quantized base cannot be sharded here",
+            where="--fsdp",
+            todo="Leave it out: every process then holds the whole quantized base; or do not quantize.",
+        )
+    if config.fsdp and config.streaming and config.self_check == "on":
+        raise UsageError(
+            "the check of the first step needs rows that all processes have",
+            where="--fsdp with --streaming",
+            todo="Add --self_check off, after a short run without --streaming.",
+        )
+    if config.fsdp_config is None:
+        return {}
+    if not config.fsdp:
+        raise UsageError("it says how --fsdp works, which is not given", where="--fsdp_config", todo="Add --fsdp.")
+    try:
+        settings = json.loads(Path(config.fsdp_config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{config.fsdp_config} cannot be read: {error}", where="--fsdp_config", todo="Name a JSON file."
+        ) from error
+    check_settings(settings)
+    return dict(settings)
+
+
 def format_options(config: RunConfig) -> FormatOptions:
     """How the rows' columns are understood."""
     return FormatOptions(
@@ -193,7 +244,7 @@ def streamed_rows(config: RunConfig, encoder: Encoder, limit_reason: str, say: H
         config.dataset_path,
         encoder,
         format_options(config),
-        rows_per_step=config.rows_per_step,
+        rows_per_step=config.rows_per_step * place().world,
         num_steps=config.max_steps,
         window_rows=config.streaming_window,
         seed=config.seed,
@@ -224,7 +275,7 @@ def count_steps(config: RunConfig, num_rows: int | None, say: Header) -> int:
     if num_rows is None:
         assert config.max_steps is not None
         return _said_steps(config, config.max_steps, "--max_steps, or fewer where the rows end", None, say)
-    per_epoch = math.ceil(num_rows / config.rows_per_step)
+    per_epoch = math.ceil(num_rows / (config.rows_per_step * place().world))
     by_epochs = math.ceil((config.num_train_epochs or 3.0) * per_epoch)
     if config.max_steps is None:
         steps, why = by_epochs, f"{config.num_train_epochs or 3.0:g} epochs x {per_epoch}"
@@ -237,12 +288,15 @@ def count_steps(config: RunConfig, num_rows: int | None, say: Header) -> int:
 
 
 def _said_steps(config: RunConfig, steps: int, why: str, num_rows: int | None, say: Header) -> int:
-    rows = config.rows_per_step if num_rows is None else min(config.rows_per_step, num_rows)
+    world = place().world
+    rows = config.rows_per_step * world
+    rows = rows if num_rows is None else min(rows, num_rows)
     warmup = math.ceil(config.warmup_steps * steps) if 0 < config.warmup_steps < 1 else int(config.warmup_steps)
     say(
         "steps",
         f"{steps} ({why}) of {rows} rows "
-        f"({config.per_device_train_batch_size} x accumulation {config.gradient_accumulation_steps}); "
+        f"({config.per_device_train_batch_size} x accumulation {config.gradient_accumulation_steps}"
+        f"{f' x {world} processes' if world > 1 else ''}); "
         f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, warm-up {warmup} steps",
     )
     if warmup >= steps:

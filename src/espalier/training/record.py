@@ -18,6 +18,7 @@ def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
     return {
         "espalier_version": __version__,
         "run": trainer.keeper.run,
+        "processes": trainer.ranks.world,
         "base": {
             "name": prepared.model.name,
             "fingerprint": trainer.base_fingerprint,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from espalier.errors import RunFolderError, UsageError
-from espalier.training.checkpoint_files import random_state, set_random_state
+from espalier.training.checkpoint_files import plain_random, random_state, set_random_state
 
 if TYPE_CHECKING:
     from espalier.encode.encode import Encoded
@@ -40,7 +40,7 @@ def rehearse(trainer: LoraTrainer) -> None:
     before = random_state()
     try:
         if trainer.args.save_strategy != "no":
-            _try_saving(trainer)
+            trainer.ranks.led(lambda: _try_saving(trainer))
         if trainer.args.eval_strategy != "no" and not isinstance(trainer.eval_dataset, dict):
             _try_evaluation(trainer)
     finally:
@@ -50,7 +50,7 @@ def rehearse(trainer: LoraTrainer) -> None:
 def _try_saving(trainer: LoraTrainer) -> None:
     folder = trainer.keeper.folder
     with trainer.keeper.beside(folder / "rehearsal", "a checkpoint could not be saved, tried before step 1") as partial:
-        trainer.keeper.write_parts(trainer, partial)
+        trainer.keeper.write_parts(trainer, partial, [plain_random(random_state())] * trainer.ranks.world)
         written = sum(file.stat().st_size for file in partial.iterdir())
         # Adam's two moments, which the first step creates, are as large as the adapter.
         needed = written + (0 if trainer.state.global_step else 2 * _bytes_of(partial))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.config import RunConfig, options
 from espalier.errors import CheckpointError
+from espalier.training.ranks import place
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -41,6 +42,8 @@ MAY_CHANGE = frozenset(
         "num_encode_workers",
         "dataloader_num_workers",
         "gradient_checkpointing",
+        "fsdp",
+        "fsdp_config",
         "tree",
         "attention",
         "lora_forward",
@@ -75,11 +78,12 @@ def compare_settings(stored: RunConfig, given: RunConfig, folder: Path, *, where
     pairs = [(name, getattr(stored, name), getattr(given, name)) for name in names]
     further = {**stored.training_arguments, **given.training_arguments}
     pairs += [(n, stored.training_arguments.get(n), given.training_arguments.get(n)) for n in further]
-    same_rows = stored.rows_per_step == given.rows_per_step
+    before, now = stored.rows_per_step * _processes(folder), given.rows_per_step * place().world
+    same_rows = before == now
     free = MAY_CHANGE | (frozenset(ROWS_A_STEP) if same_rows else frozenset())
     changed = [f"--{name}: {old} -> {new}" for name, old, new in pairs if old != new and name not in free]
     if not same_rows:
-        changed.append(_other_rows(stored.rows_per_step, given.rows_per_step, folder))
+        changed.append(_other_rows(before, now, folder))
     if changed:
         raise CheckpointError(
             "the run was started with other settings",
@@ -87,6 +91,14 @@ def compare_settings(stored: RunConfig, given: RunConfig, folder: Path, *, where
             details=changed,
             todo="Resume with the run's own settings, or start a new run from its adapter with --continue_training.",
         )
+
+
+def _processes(folder: Path) -> int:
+    """How many processes the run was started with."""
+    try:
+        return int(json.loads((folder / "espalier.json").read_text(encoding="utf-8"))["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
 
 
 def _other_rows(before: int, now: int, folder: Path) -> str:
@@ -180,7 +192,7 @@ def complete_evaluation(trainer: LoraTrainer, checkpoint: Path) -> None:
     metrics = trainer.evaluate()
     trainer._determine_best_metric(metrics, None)
     trainer.name_best(saved=False)
-    trainer.keeper.rewrite_state(trainer, checkpoint)
+    trainer.ranks.led(lambda: trainer.keeper.rewrite_state(trainer, checkpoint))
 
 
 def has_ended(state: TrainerState, max_steps: int, patience: int | None) -> bool:

@@ -9,8 +9,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from espalier import __version__
 from espalier.config import RunConfig
 from espalier.errors import AdapterError, DataError, RunFolderError, TrainingError, UsageError
 from espalier.runfile import build_config
-from espalier.training.prepare import Prepared, prepare
+from espalier.training.prepare import Prepared, fsdp_settings, prepare
+from espalier.training.ranks import Ranks, join
 from espalier.training.record import record
 
 if TYPE_CHECKING:
@@ -47,18 +49,50 @@ def train(config: RunConfig | None = None, *, console: Console | None = None, **
 
     Options are those of `espalier train`, as a RunConfig or by name: train(dataset_path=["a.jsonl"], output_dir="r").
     Raises EspalierError for bad input; SystemExit 130 or 143 after Ctrl-C or SIGTERM, when a checkpoint was saved.
+    Started by torchrun or accelerate, every process calls this, and rank 0 speaks and writes (docs/distributed.md).
     """
+    config = config if config is not None else build_config(options)
+    ranks = join(use_cpu=config.use_cpu)
+    return _train(config, ranks, console)
+
+
+def _train(config: RunConfig, ranks: Ranks, console: Console | None) -> RunResult:
     from espalier.training.report import Header
 
-    config = config if config is not None else build_config(options)
-    console = console or Console(highlight=False)
-    console.print(f"espalier {__version__}")
-    say = Header(console)
-    folder = check_run_folder(config)
-    if config.resume_from_checkpoint:
-        config = resumed_config(config, folder)
-    with quiet_libraries(), held_folder(folder):
-        return _run(prepare(config, say), folder, console, say)
+    console = (console or Console(highlight=False)) if ranks.leads else Console(quiet=True)
+    with ranks.together():
+        console.print(f"espalier {__version__}")
+        say = Header(console)
+        config = restarted_config(config, ranks, say)
+        folder = Path(config.output_dir or "")
+        ranks.led(partial(check_run_folder, config))
+        if config.resume_from_checkpoint:
+            config = resumed_config(config, folder)
+        with quiet_libraries(), held_folder(folder) if ranks.leads else nullcontext():
+            with ranks.in_turn():  # what rank 0 has encoded, the others read
+                prepared = prepare(config, say)
+            check_same_rows(prepared, ranks)
+            return _run(prepared, folder, console, say, ranks)
+
+
+def restarted_config(config: RunConfig, ranks: Ranks, say: Any) -> RunConfig:
+    """Where the launcher starts the job again after a failure, the run goes on from its last whole checkpoint."""
+    if not ranks.restarts or not config.output_dir or not (Path(config.output_dir) / RUN_FILE).is_file():
+        return config
+    say("restart", f"number {ranks.restarts} by the launcher: the run goes on")
+    return dataclasses.replace(config, resume_from_checkpoint="last")
+
+
+def check_same_rows(prepared: Prepared, ranks: Ranks) -> None:
+    """Raises DataError where the ranks, on several machines, have read different rows."""
+    digests = ranks.exchange(prepared.rows_digest)
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise DataError(
+            f"rank {others[0]} reads other rows than rank 0",
+            where=", ".join(prepared.config.dataset_path),
+            todo="Give every machine the same files and the same version of this package.",
+        )
 
 
 def check_run_folder(config: RunConfig) -> Path:
@@ -139,26 +173,30 @@ def quiet_libraries() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunResult:
+def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ranks) -> RunResult:
     from espalier.training.faults import Interrupted, stop_on_signals
     from espalier.training.rehearsal import Rehearsal
     from espalier.training.report import METRICS, LeftOutLog, RunReporter
     from espalier.training.resume import complete_evaluation, has_ended, load_ending, resume_point, stored_state
 
     config = prepared.config
-    trainer = build_trainer(prepared, say)
+    trainer = build_trainer(prepared, say, ranks)
+    trainer.keeper.run = ranks.share(trainer.keeper.run)
+    ranks.hint = lambda: (
+        f"Last checkpoint: {trainer.keeper.newest() or 'none'}. Go on with the same command and "
+        "--resume_from_checkpoint last."
+    )
     trainer.notice = lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
     made_of = record(prepared, trainer)
     checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = resume_point(trainer, config.resume_from_checkpoint, folder, made_of, say)
-    trainer.keeper.sweep()
-    write_companions(prepared, trainer, folder, made_of)
+    ranks.led(partial(write_companions, prepared, trainer, folder, made_of))
     say("output", str(folder) + (f"; the rows left out are listed in {LEFT_OUT}" if prepared.left_out else ""))
     resumed_at = stored_state(checkpoint).global_step if checkpoint else 0 if config.resume_from_checkpoint else None
-    reporter = RunReporter(folder, console, resumed_at=resumed_at)
+    reporter = RunReporter(folder, console, resumed_at=resumed_at if ranks.leads else None)
     trainer.add_callback(reporter)
-    if config.streaming:
+    if config.streaming and ranks.leads:
         trainer.left_out = LeftOutLog(folder / LEFT_OUT, trainer.notice, resumed_at=resumed_at).add
     trainer.add_callback(Rehearsal(trainer))
     started = time.perf_counter()
@@ -177,16 +215,18 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any) -> RunRes
         raise SystemExit(128 + stop.signum) from None
     except BaseException as error:
         reporter.close()
-        if isinstance(error, DataError) and trainer.state.global_step:  # a row of a stream: what is trained is kept
+        if (
+            isinstance(error, DataError) and config.streaming and trainer.state.global_step
+        ):  # a row of a stream: what is trained is kept
             _say_stopped(trainer, folder, console)
-        if not config.resume_from_checkpoint and trainer.state.global_step == 0:
+        if ranks.leads and not config.resume_from_checkpoint and trainer.state.global_step == 0:
             for name in (*trainer.keeper.companions, LEFT_OUT, METRICS):
                 (folder / name).unlink(missing_ok=True)
         raise
     return _finish(prepared, trainer, folder, console, time.perf_counter() - started)
 
 
-def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
+def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> LoraTrainer:
     """Load the weights, add the adapter, and set up the trainer: the device, precision and tree are said here."""
     import torch
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
@@ -194,6 +234,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
     from espalier.model.fingerprint import base_fingerprint
     from espalier.model.load import choose_device, choose_dtype, load_model
     from espalier.model.quantized import describe
+    from espalier.model.shard import shard_base
     from espalier.training.arguments import training_arguments
     from espalier.training.step import StepOptions
     from espalier.training.trainer import LoraTrainer
@@ -214,14 +255,16 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
     set_seed(config.seed)
     base = load_model(
         prepared.model,
-        device=device,
+        device="cpu" if config.fsdp else device,  # in pieces to its device: the whole may not fit there
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
         quantization=prepared.quantization,
     )
     fingerprint = base_fingerprint(base)  # before PiSSA or OLoRA takes a part out of it
     model = _with_adapter(base, prepared, say)
-    args = training_arguments(config, fp16_scaler=dtype == torch.float16)
+    if config.fsdp:
+        say("sharded", shard_base(model, device, fsdp_settings(config)))
+    args = training_arguments(config, fp16_scaler=dtype == torch.float16, on_cpu=device == "cpu")
     args.max_steps = prepared.max_steps
     trainer = LoraTrainer(
         model=model,
@@ -243,6 +286,7 @@ def build_trainer(prepared: Prepared, say: Any) -> LoraTrainer:
             max_nonfinite_steps=config.max_nonfinite_steps,
         ),
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else None,
+        ranks=ranks,
     )
     trainer.base_fingerprint = fingerprint
     trainer.remove_callback(PrinterCallback)
@@ -297,6 +341,7 @@ def write_companions(prepared: Prepared, trainer: LoraTrainer, folder: Path, mad
     """
     from espalier.training.checkpoint_files import replace_text
 
+    trainer.keeper.sweep()
     made_of["run"] = trainer.keeper.run
     try:
         replace_text(folder / RUN_FILE, prepared.config.to_yaml())
@@ -327,7 +372,7 @@ def _say_stopped(trainer: LoraTrainer, folder: Path, console: Console) -> None:
         console.print(f"stopped after step {trainer.state.global_step}; warning: {error}", soft_wrap=True, markup=False)
         return
     if saved is None:
-        for name in (*trainer.keeper.companions, LEFT_OUT):
+        for name in (*trainer.keeper.companions, LEFT_OUT) if trainer.ranks.leads else ():
             (folder / name).unlink(missing_ok=True)
         console.print("stopped before the first step was finished: nothing to save", soft_wrap=True)
         return
@@ -338,10 +383,6 @@ def _say_stopped(trainer: LoraTrainer, folder: Path, console: Console) -> None:
 
 
 def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Console, seconds: float) -> RunResult:
-    from espalier.training.model_card import write_model_card
-    from espalier.training.readback import check_forward, effect_of
-    from espalier.use.verify import checked_lines
-
     steps = trainer.state.global_step
     if steps == 0:
         raise TrainingError("no step was done", todo="Check --max_steps and the number of rows.")
@@ -354,9 +395,30 @@ def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Con
             todo=f"{error.todo} Make room, then: "
             f"espalier train --config {folder / RUN_FILE} --resume_from_checkpoint last",
         ) from error
+    if trainer.sharded:
+        _check_saved(prepared, trainer, folder)
+    else:
+        trainer.ranks.led(partial(_check_saved, prepared, trainer, folder))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {"loss": losses[-1] if losses else None}
+    metrics |= next((e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {})
+    if trainer.ranks.leads or trainer.sharded:  # a sharded base computes with all ranks
+        _say_finished(prepared, trainer, folder, console, seconds)
+    return RunResult(folder, steps, seconds, metrics)
+
+
+def _check_saved(prepared: Prepared, trainer: LoraTrainer, folder: Path) -> None:
+    from espalier.training.readback import check_forward, effect_of
+
     check_forward(trainer.model, folder, prepared.sample_ids)
     if effect_of(folder) == 0.0:
         raise AdapterError("every lora_B is zero after training: the adapter has no effect", where=str(folder))
+
+
+def _say_finished(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Console, seconds: float) -> None:
+    from espalier.training.model_card import write_model_card
+    from espalier.use.verify import checked_lines
+
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     if best is not None:
         console.print(
@@ -370,17 +432,14 @@ def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Con
         )
     if trainer.nonfinite.total:
         console.print(f"{trainer.nonfinite.total} steps were skipped: their loss or gradient was not finite")
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    metrics = {"loss": losses[-1] if losses else None}
-    metrics |= next((e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {})
     size = (folder / "adapter_model.safetensors").stat().st_size
     console.print(
-        f"{steps} steps in {seconds:.1f} s; adapter of {size / 1e6:.1f} MB in {folder}, read back and equal",
+        f"{trainer.state.global_step} steps in {seconds:.1f} s; adapter of {size / 1e6:.1f} MB in {folder}, "
+        "read back and equal",
         soft_wrap=True,
     )
     for line in checked_lines(trainer.model, folder, str(prepared.model.path), prepared.config.trust_remote_code):
         console.print(line, soft_wrap=True, markup=False)
-    for line in write_model_card(prepared, trainer, folder):
+    for line in write_model_card(prepared, trainer, folder) if trainer.ranks.leads else ():
         console.print(line, soft_wrap=True, markup=False)
     console.print(f"try it: espalier chat --adapter {folder}", soft_wrap=True)
-    return RunResult(folder, steps, seconds, metrics)

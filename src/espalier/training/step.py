@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from espalier.config import MAX_TOKENS_PER_PACK, MIN_SHARED_TOKENS
 from espalier.data.rows import BadRow
 from espalier.encode.encode import IGNORE_INDEX, Encoded
+from espalier.tree.deal import deal_rows
 from espalier.tree.plan import Pack, plan_step
 
 
@@ -45,9 +46,11 @@ class StepOptions:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One optimizer step. Either packs (the tree) or parts (padded rows) is empty; rows are the step's, in order.
+    """This process's share of one optimizer step. Either packs (the tree) or parts (padded rows) is empty.
 
-    weight_sum: the divisor of the step's mean loss; num_supervised, logical_tokens and unique_tokens: see Pack.
+    rows: those of the share, in order; none where the step has fewer rows than the run has processes.
+    weight_sum: the divisor of the step's mean loss. It, num_supervised and logical_tokens are of the whole step;
+    unique_tokens are of the share.
     Of a stream only: bad, rows of this step that cannot be used; ended, True where the files hold no such step.
     """
 
@@ -67,19 +70,39 @@ class StepBatch:
         return ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
 
 
+NO_ROWS = StepBatch((), (), (), 0.0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class StepCollator:
-    """Rows -> StepBatch; picklable, so that loader workers can plan ahead."""
+    """Rows of a step -> StepBatch of one process; picklable, so that loader workers can plan ahead.
+
+    rank, world: which share of the rows, of how many; every process sees all rows of a step and deals them alike.
+    """
 
     options: StepOptions
     micro_batch_rows: int
+    rank: int = 0
+    world: int = 1
 
     def __call__(self, rows: Sequence[Encoded]) -> StepBatch:
+        if self.world == 1:
+            return self._batch(rows)
+        shares = deal_rows(rows, self.world, share=self.options.tree, min_shared_tokens=self.options.min_shared_tokens)
+        weight_sum, num_supervised = count_supervised(rows)
+        return replace(
+            self._batch([rows[i] for i in shares[self.rank]]),
+            weight_sum=weight_sum,
+            num_supervised=num_supervised,
+            logical_tokens=sum(len(row.input_ids) for row in rows),
+        )
+
+    def _batch(self, rows: Sequence[Encoded]) -> StepBatch:
         logical = sum(len(row.input_ids) for row in rows)
         if self.options.tree:
             plan = plan_step(
                 rows,
-                max_tokens=max(self.options.max_tokens_per_pack, max(len(row.input_ids) for row in rows)),
+                max_tokens=max([self.options.max_tokens_per_pack, *(len(row.input_ids) for row in rows)]),
                 min_shared_tokens=self.options.min_shared_tokens,
             )
             return StepBatch(
@@ -107,6 +130,7 @@ class StepSampler(Sampler[list[int]]):
 
     shuffle False: file order, for evaluation. alike: the rows in an order where like beginnings are neighbours, for
     --group_by_prefix: an epoch then cuts that order into steps at a random offset and shuffles the steps.
+    world: of the steps, every world-th, from number `rank` on: how processes share an evaluation.
     """
 
     def __init__(
@@ -117,9 +141,12 @@ class StepSampler(Sampler[list[int]]):
         *,
         shuffle: bool = True,
         alike: npt.NDArray[np.int64] | None = None,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.num_rows, self.rows_per_step, self.seed, self.shuffle = num_rows, rows_per_step, seed, shuffle
         self.alike = alike
+        self.rank, self.world = rank, world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -127,7 +154,8 @@ class StepSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(self.num_rows / self.rows_per_step)
+        steps = math.ceil(self.num_rows / self.rows_per_step)
+        return len(range(self.rank, steps, self.world))
 
     def rows_in(self, num_steps: int) -> int:
         """Rows of the first `num_steps` steps of this epoch."""
@@ -147,7 +175,7 @@ class StepSampler(Sampler[list[int]]):
         steps = [order[at : at + self.rows_per_step].tolist() for at in range(0, self.num_rows, self.rows_per_step)]
         if self.alike is not None:
             steps = [steps[i] for i in random.permutation(len(steps))]
-        return iter(steps)
+        return iter(steps[self.rank :: self.world])
 
 
 def order_by_prefix(rows: Sequence[Encoded]) -> npt.NDArray[np.int64]:

@@ -24,7 +24,7 @@ from espalier.data.formats import Example, bad_rows_error, iter_examples
 from espalier.data.rows import BadRow, FormatOptions
 from espalier.encode.encode import TOO_LONG, Encoded, Encoder
 from espalier.errors import DataError
-from espalier.training.step import StepBatch, StepCollator, StepSampler
+from espalier.training.step import NO_ROWS, StepBatch, StepCollator, StepSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class StreamCollator(StepCollator):
         if not isinstance(rows[0], StreamedStep):
             return super().__call__(rows)
         (step,) = rows
-        batch = super().__call__(step.rows) if step.rows else StepBatch((), (), (), 0.0, 0, 0, 0)
+        batch = super().__call__(step.rows) if step.rows else NO_ROWS
         return replace(batch, bad=step.bad, ended=step.ended)
 
 

@@ -11,12 +11,13 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -24,12 +25,15 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from espalier.data.formats import group_bad_rows
 from espalier.data.rows import BadRow
+from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.errors import CheckpointError, RunFolderError, TrainingError, UsageError
-from espalier.training.checkpoint import CheckpointKeeper, random_state, run_of
-from espalier.training.faults import Interrupted, NonFinite
+from espalier.model.shard import is_sharded
+from espalier.training.checkpoint import CheckpointKeeper, plain_random, random_state, run_of
+from espalier.training.faults import NonFinite
 from espalier.training.inputs import as_encoded, model_and_tokenizer, pad_id
 from espalier.training.log_window import LogWindow
-from espalier.training.step import StepBatch, StepLoader, StepOptions, StepSampler, order_by_prefix
+from espalier.training.ranks import Ranks, join
+from espalier.training.step import NO_ROWS, StepBatch, StepLoader, StepOptions, StepSampler, order_by_prefix
 from espalier.training.streaming import StepNumbers, StreamCollator, StreamedSteps
 from espalier.tree.attention import choose_attention
 from espalier.tree.collate import to_tensors
@@ -38,7 +42,6 @@ from espalier.tree.selfcheck import rows_to_check, self_check
 from espalier.tree.support import tree_support
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -72,6 +75,7 @@ class LoraTrainer(Trainer):
         options: StepOptions | None = None,
         template: str | None = None,
         max_length: int | None = None,
+        ranks: Ranks | None = None,
     ):
         from espalier.model.fast_lora import fast_lora, peft_lora
         from espalier.model.fast_norm import fast_norms, stock_norms
@@ -82,10 +86,12 @@ class LoraTrainer(Trainer):
         self.lora_counts = fast_lora(peft_model) if self.options.lora_forward == "fast" else peft_lora(peft_model)
         stock_norms(peft_model)
         self.fast_norms, self.stock_norms = fast_norms(peft_model) if self.options.norm_forward == "fast" else (0, 0)
+        self.ranks = ranks or join(use_cpu=args.use_cpu)
         self.micro_batch_rows = self.options.micro_batch_rows or args.per_device_train_batch_size
-        self.rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        rows_here = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.rows_per_step = rows_here * self.ranks.world
         self.keep_checkpoints = args.save_total_limit
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = self.rows_per_step, 1
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = rows_here, 1
         args.save_total_limit = None  # our keeper counts: HF's may delete the newest checkpoint in favour of the best
         args.logging_nan_inf_filter = False
         args.restore_callback_states_from_checkpoint = True
@@ -102,6 +108,7 @@ class LoraTrainer(Trainer):
             eval_dataset = {name: encode(rows) for name, rows in eval_dataset.items()}
         else:
             eval_dataset = encode(eval_dataset)
+        self.sharded = is_sharded(peft_model)
         self._num_parameters = sum(parameter.numel() for parameter in peft_model.parameters())
         self.pad_id = pad_id(processing_class, peft_model)
         support = tree_support(peft_model.config)
@@ -133,8 +140,12 @@ class LoraTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.args.world_size > 1:
-            raise UsageError("training on several processes is not supported yet", todo="Start one process.")
+        if self.args.world_size != self.ranks.world:
+            raise UsageError(
+                f"the launcher has started {self.ranks.world} processes, and TrainingArguments sees one",
+                where="use_cpu",
+                todo="Without an accelerator, pass TrainingArguments(use_cpu=True).",
+            )
 
     def describe_norms(self) -> str:
         """The end of the header's line on layers: how many norms are computed by which forward."""
@@ -153,6 +164,8 @@ class LoraTrainer(Trainer):
         dropout = max((float(getattr(c, "lora_dropout", 0.0)) for c in self.model.peft_config.values()), default=0.0)
         if dropout:
             shared += f" (dropout {dropout:g}: rows that share a token share its draw, equal in expectation)"
+        if self.ranks.world > 1:
+            shared += f"; steps are dealt to {self.ranks.world} processes by shared beginnings"
         return (
             f"{shared}; first step: {len(batch.rows)} rows of {batch.logical_tokens:,} tokens in {len(batch.packs)} "
             f"pack{'s' if len(batch.packs) > 1 else ''} of {batch.unique_tokens:,} tokens "
@@ -168,50 +181,88 @@ class LoraTrainer(Trainer):
         loss = sum of token losses / supervised tokens of the whole step, whatever the parts. Returns that mean.
         """
         batch: StepBatch = inputs
-        if not batch.rows:  # of a stream, and all of them were named
-            self._random_at_step = (self.state.global_step, random_state())
+        self._random_at_step = (self.state.global_step, random_state())
+        if not batch.weight_sum:  # of a stream, and all of them were named
             self._batch, self._step_has_loss = batch, False
             self._window.add_lost()
             return torch.zeros((), device=self.args.device)
-        if self.options.self_check and batch.packs and not self._checked:
-            self._check_tree(model, batch)
-        assert batch.weight_sum > 0, "a step without labels cannot exist: such rows are refused when they are encoded"
-        self._random_at_step = (self.state.global_step, random_state())
         started = time.perf_counter()
+        loss, correct, problem = 0.0, 0.0, None
+        try:
+            loss, correct = self._forward_backward(model, batch)
+        except Exception as error:  # the other ranks must hear of it, and wait for this one's numbers
+            problem = error
+        sums = (loss, correct, batch.unique_tokens)
+        total, correct, unique = self.ranks.settle(sums, error=problem, stop_signal=self.stop_signal)
+        self._batch = batch
+        self._step_has_loss = math.isfinite(total)
+        if not self._step_has_loss:
+            self._skip_step(model, "loss", total, *self._who_has(not math.isfinite(loss)))
+            self._window.add_lost()
+            return torch.zeros((), device=self.args.device)  # left out of the mean that is logged, see LogWindow
+        self.ranks.sum_gradients(model.parameters())
+        self._window.add(batch, correct, int(unique), time.perf_counter() - started)
+        return torch.tensor(total, device=self.args.device)
+
+    def _forward_backward(self, model: nn.Module, batch: StepBatch) -> tuple[float, float]:
+        """(share of the step's mean loss, correct tokens) of this process's rows; their gradients are added up."""
+        if self.options.self_check and self.options.tree and (batch.packs or self.sharded) and not self._checked:
+            self._check_tree(model, batch)
         model.train()
         loss = torch.zeros((), device=self.args.device)
         correct = torch.zeros((), device=self.args.device)
-        for part in batch.packs or batch.parts:
-            self._raise_if_stopped()
+        for part in self._evenly(batch.packs or batch.parts):
+            if self.stop_signal is not None and not self.sharded:
+                break  # `settle` ends the step on all ranks
             with self.compute_loss_context_manager():
                 output = self.part_loss(model, part)
                 part_mean = output.loss_sum / batch.weight_sum
             self.accelerator.backward(part_mean)
             loss += part_mean.detach()
-            correct += output.num_correct
-        self._raise_if_stopped()
-        self._batch = batch
-        self._step_has_loss = bool(torch.isfinite(loss))
-        if not self._step_has_loss:
-            self._skip_step(model, "loss", float(loss))
-            self._window.add_lost()
-            return torch.zeros_like(loss)  # left out of the mean that is logged, see _Window.report
-        self._window.add(batch, correct, time.perf_counter() - started)
-        return loss
+            correct += output.num_correct * (part is not self._empty)
+        return float(loss), float(correct)
+
+    def _evenly(self, parts: Sequence[Any]) -> Sequence[Any]:
+        """The parts of this rank's share, made up with empty ones to as many as any rank has.
+
+        Only with a sharded base: every rank must take part in gathering each layer, for the others' sake.
+        """
+        if not self.sharded:
+            return parts
+        return [*parts, *[self._empty] * (self.ranks.most(len(parts)) - len(parts))]
+
+    @cached_property
+    def _empty(self) -> Any:
+        """A part of one token that weighs nothing."""
+        ids = np.zeros(2, np.int32)
+        row = Encoded(ids, np.array([IGNORE_INDEX, 0], np.int32), np.zeros(2, np.float32), "", 0)
+        batch: StepBatch = cast(Any, self.data_collator)([row])
+        return (batch.packs or batch.parts)[0]
+
+    def _who_has(self, it: bool) -> tuple[str, str | None]:
+        """The rows of the ranks for which `it` is true, and which ranks these are where there are several."""
+        if self.ranks.world == 1:
+            return self._batch.places(), None
+        told = self.ranks.exchange(self._batch.places() if it else None)
+        where = [rank for rank, places in enumerate(told) if places is not None]
+        return ", ".join(told[rank] for rank in where), f"rank {', '.join(map(str, where))}"
 
     def _check_tree(self, model: nn.Module, batch: StepBatch) -> None:
         """Compute a few rows of the first step plainly too, and stop where the tree does not agree."""
-        rows = rows_to_check(batch.rows)
-        check = self_check(model, rows, self.pad_id, attention=self.attention)
+        rows = batch.rows
+        if self.sharded:  # all ranks compute the same
+            rows = tuple(self.train_dataset[i] for i in next(iter(self._train_sampler())))
+        checked = rows_to_check(rows)
+        check = self_check(model, checked, self.pad_id, attention=self.attention)
         self._checked = True
         if not check.ok:
             raise TrainingError(
                 "the prompt tree does not agree with plain rows on this model",
-                where=f"rows {', '.join(f'{row.file}:{row.line}' for row in rows)}",
+                where=f"rows {', '.join(f'{row.file}:{row.line}' for row in checked)}",
                 details=[str(check)],
                 todo="Train with --tree off, and report it: this must not happen (--self_check off skips it).",
             )
-        self.notice(f"self-check on {len(rows)} rows: {check}")
+        self.notice(f"self-check on {len(checked)} rows: {check}")
 
     def part_loss(self, model: nn.Module, part: Any) -> LossOutput:
         """Loss of one pack (the tree) or of one padded micro-batch (its plain twin)."""
@@ -229,22 +280,27 @@ class LoraTrainer(Trainer):
         if self.accelerator.scaler is not None:
             self.nonfinite.met_by_scaler(self.state.global_step + 1, self._batch.places(), self.keeper.newest())
             return norm
-        self._skip_step(model, "gradient norm", float(norm))
+        self._skip_step(model, "gradient norm", float(norm), *self._who_has(True))
         return None
 
-    def _skip_step(self, model: nn.Module, what: str, value: float) -> None:
+    def _skip_step(self, model: nn.Module, what: str, value: float, rows: str, where: str | None) -> None:
         """Make this step change nothing: parameters without a gradient are passed over by the optimizer.
 
         A float16 scaler wants to see the bad gradient, and skips by itself. Raises TrainingError where the run stops.
         """
-        self.nonfinite.met(what, value, self.state.global_step + 1, self._batch.places(), self.keeper.newest())
+        self.nonfinite.met(what, value, self.state.global_step + 1, rows, self.keeper.newest(), where)
         self._window.skipped += 1
         if self.accelerator.scaler is None:
             model.zero_grad(set_to_none=True)
 
-    def _raise_if_stopped(self) -> None:
-        if self.stop_signal is not None:
-            raise Interrupted(self.stop_signal)
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """No DistributedDataParallel: the tree calls the inner model, which that wrapper would not see, and packs are
+        uneven. Ranks start with equal adapters and add up their gradients once a step (`Ranks.sum_gradients`)."""
+        if self.ranks.world > 1:
+            self.ranks.send_from_0(p for p in model.parameters() if p.requires_grad)
+            self.accelerator.prepare_model(model, evaluation_mode=True)
+            cast(Any, model)._is_accelerate_prepared = True
+        return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As HF's; for LoRA+ with PEFT's groups, of which those of B have their own learning rate."""
@@ -267,7 +323,8 @@ class LoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> StepLoader:
         """One batch a step."""
-        return self._loader(self.train_dataset, self._train_sampler())
+        collator = replace(cast(Any, self.data_collator), rank=self.ranks.rank, world=self.ranks.world)
+        return self._loader(self.train_dataset, self._train_sampler(), collator)
 
     def _train_sampler(self) -> StepSampler | StepNumbers:
         if isinstance(self.train_dataset, StreamedSteps):
@@ -284,7 +341,8 @@ class LoraTrainer(Trainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         size = self.args.per_device_eval_batch_size
-        return self._loader(rows, StepSampler(len(rows), size, 0, shuffle=False))
+        sampler = StepSampler(len(rows), size, 0, shuffle=False, rank=self.ranks.rank, world=self.ranks.world)
+        return self._loader(rows, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """As HF's, one step at a time. What a stream says beside its rows is heard here: bad rows, and its end."""
@@ -302,12 +360,12 @@ class LoraTrainer(Trainer):
     def _say_left_out(self, bad: Sequence[BadRow], step: int) -> None:
         self.notice(f"step {step}: {len(bad)} rows left out: {'; '.join(group_bad_rows(bad))}")
 
-    def _loader(self, rows: Any, sampler: StepSampler | StepNumbers) -> StepLoader:
+    def _loader(self, rows: Any, sampler: StepSampler | StepNumbers, collator: Any) -> StepLoader:
         workers = self.args.dataloader_num_workers
         return StepLoader(
             rows,
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=workers,
             # Its own generator: a loader draws a seed whenever its workers start, and dropout must not notice.
             generator=torch.Generator().manual_seed(self.args.seed),
@@ -342,28 +400,36 @@ class LoraTrainer(Trainer):
         model = self.model
         was_training = model.training
         model.eval()
-        loss_sum, weight_sum, supervised, correct, rows = 0.0, 0.0, 0, 0, 0
-        with torch.no_grad():
-            for batch in dataloader:
-                for part in batch.packs or batch.parts:
-                    self._raise_if_stopped()
-                    with self.compute_loss_context_manager():
-                        output = self.part_loss(model, part)
-                    loss_sum += float(output.loss_sum)
-                    weight_sum += output.weight_sum
-                    supervised += output.num_supervised
-                    correct += int(output.num_correct)
-                rows += len(batch.rows)
+        sums, problem = [0.0] * 5, None
+        batches: Iterator[StepBatch] = iter(dataloader)
+        num_batches = self.ranks.most(len(dataloader)) if self.sharded else len(dataloader)
+        try:
+            with torch.no_grad():
+                for batch in (next(batches, NO_ROWS) for _ in range(num_batches)):
+                    if self.stop_signal is not None and not self.sharded:
+                        break
+                    for part in self._evenly(batch.packs or batch.parts):
+                        with self.compute_loss_context_manager():
+                            out = self.part_loss(model, part)
+                        if part is self._empty:
+                            continue
+                        found: tuple[Any, ...] = (out.loss_sum, out.weight_sum, out.num_supervised, out.num_correct, 0)
+                        sums = [total + float(value) for total, value in zip(sums, found, strict=True)]
+                    sums[-1] += len(batch.rows)
+        except Exception as error:
+            problem = error
+        sums = self.ranks.settle(sums, error=problem, stop_signal=self.stop_signal)
+        loss_sum, weight_sum, supervised, correct, rows = sums
         model.train(was_training)
         loss = loss_sum / weight_sum
         metrics = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "token_accuracy": correct / supervised,
-            "supervised_tokens": supervised,
+            "supervised_tokens": int(supervised),
         }
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=named, num_samples=rows)
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=named, num_samples=int(rows))
 
     # ---- log, save, resume ---------------------------------------------------------------------------------------
 
@@ -378,15 +444,23 @@ class LoraTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter as a PEFT folder, with the tokenizer: no pickle. Raises RunFolderError where it cannot be."""
-        self.keeper.publish_adapter(self.model, Path(output_dir or self.args.output_dir or "."), self.processing_class)
+        folder = Path(output_dir or self.args.output_dir or ".")
+        self.ranks.led(lambda: self.keeper.publish_adapter(self.model, folder, self.processing_class))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.name_best()
         try:
-            self.keeper.save(self)
+            self._write_checkpoint()
         except RunFolderError as error:
             self.name_best(saved=False)
             self.notice(f"warning: {error}\n  The run goes on, and tries again at the next save.")
+
+    def _write_checkpoint(self, random: dict[str, Any] | None = None) -> Path:
+        """Rank 0 writes the checkpoint of this step, with the random states of all ranks."""
+        states = self.ranks.exchange(plain_random(random if random is not None else random_state()))
+        self.ranks.led(lambda: self.keeper.save(self, random=states))
+        self.keeper.last_whole = self.keeper.path(self.state.global_step)
+        return self.keeper.last_whole
 
     def name_best(self, *, saved: bool = True) -> None:
         """Say where the best checkpoint is; None where it could not be saved. saved: that of this step will be."""
@@ -408,7 +482,7 @@ class LoraTrainer(Trainer):
             return self.keeper.last_whole
         before = self._random_at_step
         # Stopped inside a step: go on with the random numbers that it began with. Inside an evaluation: with these.
-        return self.keeper.save(self, random=before[1] if before is not None and before[0] == step else None)
+        return self._write_checkpoint(before[1] if before is not None and before[0] == step else None)
 
     def position(self) -> dict[str, int]:
         """Where in the data the run is: seed, epoch, rows of that epoch that are consumed."""
