@@ -195,7 +195,7 @@ def test_bad_input_exits_2_without_traceback_and_leaves_nothing(
         (["--dataset_path", "rows.jsonl", *model], "--output_dir: no folder for the run"),
         (["--dataset_path", "rows.jsonl", *model, *out, "--max_seq_length", "2"], "no row is left to train on"),
         (["--dataset_path", "rows.jsonl", *model, *out, "--continue_training", "--checkpoint", "full"], "no adapter"),
-        (["--dataset_path", "rows.jsonl", *model, *out, "--fsdp", "full_shard"], "--fsdp full_shard:"),
+        (["--dataset_path", "rows.jsonl", *model, *out, "--deepspeed", "ds.json"], "--deepspeed ds.json:"),
     ]
     for argv, words in cases:
         monkeypatch.setattr(sys, "argv", ["espalier", "train", *argv])

@@ -85,7 +85,10 @@ class LoraTrainer(Trainer):
         self.options = options or StepOptions()
         self.lora_counts = fast_lora(peft_model) if self.options.lora_forward == "fast" else peft_lora(peft_model)
         stock_norms(peft_model)
-        self.fast_norms, self.stock_norms = fast_norms(peft_model) if self.options.norm_forward == "fast" else (0, 0)
+        self.sharded = is_sharded(peft_model)
+        # Which formula a norm has is tried on it, and a piece of it cannot be tried.
+        norms_are_fast = self.options.norm_forward == "fast" and not self.sharded
+        self.fast_norms, self.stock_norms = fast_norms(peft_model) if norms_are_fast else (0, 0)
         self.ranks = ranks or join(use_cpu=args.use_cpu)
         self.micro_batch_rows = self.options.micro_batch_rows or args.per_device_train_batch_size
         rows_here = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -108,7 +111,6 @@ class LoraTrainer(Trainer):
             eval_dataset = {name: encode(rows) for name, rows in eval_dataset.items()}
         else:
             eval_dataset = encode(eval_dataset)
-        self.sharded = is_sharded(peft_model)
         self._num_parameters = sum(parameter.numel() for parameter in peft_model.parameters())
         self.pad_id = pad_id(processing_class, peft_model)
         support = tree_support(peft_model.config)
