@@ -174,6 +174,12 @@ class RunConfig:
     per_device_eval_batch_size: int | None = option(
         None, "rows at a time in evaluation; not set: as in training", "Evaluation", hf=True
     )
+    eval_samples: int = option(
+        3,
+        "held-out prompts whose answers are shown at every evaluation, and kept in samples.jsonl; 0: none",
+        "Evaluation",
+    )
+    probe_prompts: str | None = option(None, "file of prompts to answer instead, one a line or rows", "Evaluation")
     load_best_model_at_end: bool = option(False, "end with the adapter of the best evaluation", "Evaluation", hf=True)
     early_stopping_patience: int | None = option(
         None, "stop after this many evaluations without a better one", "Evaluation"

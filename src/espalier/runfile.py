@@ -200,6 +200,13 @@ def check_values(own: Mapping[str, Any]) -> list[str]:
         problems.append(f"--lora_dropout: {config.lora_dropout} is not at least 0 and below 1")
     if not 0 <= config.eval_fraction < 1:
         problems.append(f"--eval_fraction: {config.eval_fraction} is not at least 0 and below 1")
+    if config.eval_samples < 0:
+        problems.append(f"--eval_samples: {config.eval_samples} is below 0")
+    if config.probe_prompts is not None and (config.eval_strategy == "no" or config.eval_samples == 0):
+        why = (
+            "--eval_samples 0 asks for none" if config.eval_strategy != "no" else "nothing is evaluated during training"
+        )
+        problems.append(f"--probe_prompts changes nothing: {why}")
     if config.lora_alpha <= 0:
         problems.append(f"--lora_alpha: {config.lora_alpha} is not above 0")
     if config.learning_rate < 0:

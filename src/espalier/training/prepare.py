@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,6 +31,7 @@ from espalier.model.quantized import Kind, check_quantization
 from espalier.model.shard import check_settings
 from espalier.training.arguments import check_optimizer, refused_options
 from espalier.training.ranks import place
+from espalier.training.samples import Probe, probes_of
 from espalier.training.streaming import StreamedSteps, rows_that_stop, stream_digest
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Prepared:
     max_steps: int
     rows_digest: str
     data_files: tuple[dict[str, Any], ...]
+    probes: tuple[Probe, ...] = ()  # prompts to answer at every evaluation
 
 
 def prepare(config: RunConfig, say: Header) -> Prepared:
@@ -132,7 +135,7 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
         raise UsageError(
             f"{config.eval_fraction} of these prompts is no row at all", where="--eval_fraction", todo="Hold out more."
         )
-    return Prepared(
+    prepared = Prepared(
         config=config,
         model=ref,
         model_config=model_config,
@@ -153,6 +156,7 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
         else stream_digest(config.dataset_path),
         data_files=tuple(describe_file(name, whole=not config.streaming) for name in config.dataset_path),
     )
+    return dataclasses.replace(prepared, probes=tuple(probes_of(prepared)))
 
 
 def fsdp_settings(config: RunConfig) -> dict[str, Any]:

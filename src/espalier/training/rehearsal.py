@@ -17,6 +17,7 @@ from espalier.training.checkpoint_files import plain_random, random_state, set_r
 
 if TYPE_CHECKING:
     from espalier.encode.encode import Encoded
+    from espalier.training.samples import Samples
     from espalier.training.trainer import LoraTrainer
 
 EVAL_ROWS, EVAL_TOKENS = 64, 512  # the evaluation takes the shortest of so many rows, and so many tokens at most
@@ -25,15 +26,16 @@ EVAL_ROWS, EVAL_TOKENS = 64, 512  # the evaluation takes the shortest of so many
 class Rehearsal(TrainerCallback):
     """Runs `rehearse` once the optimizer exists, right before the first step."""
 
-    def __init__(self, trainer: LoraTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: LoraTrainer, samples: Samples | None = None):
+        self.trainer, self.samples = trainer, samples
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        rehearse(self.trainer)
+        rehearse(self.trainer, self.samples)
 
 
-def rehearse(trainer: LoraTrainer) -> None:
-    """Save all parts of a checkpoint and delete them, evaluate a few rows, look for the metric of the best.
+def rehearse(trainer: LoraTrainer, samples: Samples | None = None) -> None:
+    """Save all parts of a checkpoint and delete them, evaluate a few rows, look for the metric of the best, begin the
+    answer to a prompt.
 
     Raises RunFolderError: cannot be written, or no room for a checkpoint; UsageError: no such metric.
     """
@@ -43,6 +45,8 @@ def rehearse(trainer: LoraTrainer) -> None:
             trainer.ranks.led(lambda: _try_saving(trainer))
         if trainer.args.eval_strategy != "no" and not isinstance(trainer.eval_dataset, dict):
             _try_evaluation(trainer)
+        if samples is not None:
+            trainer.ranks.led(lambda: samples.answers(1, max_new_tokens=2))
     finally:
         set_random_state(before)
 

@@ -39,6 +39,8 @@ MAY_CHANGE = frozenset(
         "per_device_eval_batch_size",
         "load_best_model_at_end",
         "early_stopping_patience",
+        "eval_samples",
+        "probe_prompts",
         "num_encode_workers",
         "dataloader_num_workers",
         "gradient_checkpointing",

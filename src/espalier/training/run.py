@@ -178,6 +178,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ra
     from espalier.training.rehearsal import Rehearsal
     from espalier.training.report import METRICS, LeftOutLog, RunReporter
     from espalier.training.resume import complete_evaluation, has_ended, load_ending, resume_point, stored_state
+    from espalier.training.samples import SAMPLES, Samples
 
     config = prepared.config
     trainer = build_trainer(prepared, say, ranks)
@@ -198,7 +199,13 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ra
     trainer.add_callback(reporter)
     if config.streaming and ranks.leads:
         trainer.left_out = LeftOutLog(folder / LEFT_OUT, trainer.notice, resumed_at=resumed_at).add
-    trainer.add_callback(Rehearsal(trainer))
+    samples = None
+    if prepared.probes and trainer.sharded:
+        say("samples", "none: with --fsdp no process holds the whole model")
+    elif prepared.probes:
+        samples = Samples(trainer, prepared.probes, prepared.stop_ids, folder, trainer.notice, resumed_at=resumed_at)
+        trainer.add_callback(samples)
+    trainer.add_callback(Rehearsal(trainer, samples))
     started = time.perf_counter()
     try:
         with stop_on_signals(trainer):
@@ -220,7 +227,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ra
         ):  # a row of a stream: what is trained is kept
             _say_stopped(trainer, folder, console)
         if ranks.leads and not config.resume_from_checkpoint and trainer.state.global_step == 0:
-            for name in (*trainer.keeper.companions, LEFT_OUT, METRICS):
+            for name in (*trainer.keeper.companions, LEFT_OUT, METRICS, SAMPLES):
                 (folder / name).unlink(missing_ok=True)
         raise
     return _finish(prepared, trainer, folder, console, time.perf_counter() - started)
