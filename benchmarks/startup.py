@@ -38,14 +38,14 @@ def main() -> None:
 
 def timed(data: Path, options: list[str], began: float) -> None:
     """One step in this process, with a line for each stage."""
-    stages: list[tuple[str, float]] = []
-    last = began
+    stages: list[tuple[str, float, float]] = []
+    last, last_cpu = began, 0.0
 
     def mark(name: str) -> None:
-        nonlocal last
-        now = time.time()
-        stages.append((name, now - last))
-        last = now
+        nonlocal last, last_cpu
+        now, now_cpu = time.time(), time.process_time()
+        stages.append((name, now - last, now_cpu - last_cpu))
+        last, last_cpu = now, now_cpu
 
     def after(owner: Any, function: str, name: str, before: str | None = None) -> None:
         original: Callable[..., Any] = getattr(owner, function)
@@ -77,9 +77,10 @@ def timed(data: Path, options: list[str], began: float) -> None:
         raw, file = parse_flags(given)
         run.train(build_config(raw, file))
     total = 0.0
-    for name, seconds in stages:
+    print("seconds, their sum, processor seconds of all threads:")
+    for name, seconds, cpu in stages:
         total += seconds
-        print(f"{seconds:6.2f} s  {total:6.2f} s  {name}")
+        print(f"{seconds:6.2f}  {total:6.2f}  {cpu:6.2f}  {name}")
         if name == "step 1":
             break
 
