@@ -135,7 +135,11 @@ class RunConfig:
     max_nonfinite_steps: int = option(5, "most steps in a row that --on_nonfinite skip passes over", "Training")
     seed: int = option(42, "seed of row order, adapter start and dropout", "Training", common=True, hf=True)
     gradient_checkpointing: bool = option(
-        False, "compute activations again in backward: less memory, more time", "Training", common=True, hf=True
+        False,
+        "compute all activations again in backward: less memory, more time; not set: of as many layers as memory needs",
+        "Training",
+        common=True,
+        hf=True,
     )
     resume_from_checkpoint: str | None = option(
         None,
@@ -152,9 +156,10 @@ class RunConfig:
     attention: Literal["auto", "reference", "merged"] = option(
         "auto", "attention over the tree", "Prompt tree", common=True
     )
-    max_tokens_per_pack: int = option(
-        MAX_TOKENS_PER_PACK,
-        "most unique tokens in one forward pass (at least the longest row)",
+    max_tokens_per_pack: int | None = option(
+        None,
+        f"most unique tokens in one forward pass (at least the longest row); not set: {MAX_TOKENS_PER_PACK:,}, or fewer "
+        "where memory is short",
         "Prompt tree",
         common=True,
     )
@@ -216,6 +221,10 @@ class RunConfig:
     )
     fsdp_config: str | None = option(
         None, "JSON file with reshard_after_forward and cpu_offload, for --fsdp", "Hardware", hf=True
+    )
+    memory_limit: str | None = option(
+        None, "most memory this process may take, as 8GB: steps are planned to fit; not set: what is free", "Hardware",
+        common=True,
     )
     dataloader_num_workers: int = option(0, "processes that plan steps ahead", "Hardware", hf=True)
 

@@ -126,7 +126,9 @@ def _fast_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
 
     x: [..., in]; result [..., out] in the dtype that the base layer alone would give."""
     base: Any = self.base_layer
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    kind = x.device.type
+    is_narrowed = kind != "meta" and torch.is_autocast_enabled(kind)  # meta: memory.py's plan
+    dtype = torch.get_autocast_dtype(kind) if is_narrowed else x.dtype
     packed = is_packed(base)
     # Of a base in another dtype than its input: an error, which PEFT's way would raise too.
     is_mixed = not packed and dtype == x.dtype and base.weight.dtype != dtype

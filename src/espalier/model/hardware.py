@@ -1,8 +1,14 @@
-"""Device and precision: facts of the machine, each with the reason that is printed."""
+"""Device, precision and memory: facts of the machine, each with the reason that is printed."""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from espalier.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -71,3 +77,94 @@ def _cpu_has(name: str) -> bool:
 
     ask = getattr(torch.cpu, name, None)
     return bool(ask is not None and ask())
+
+
+# Memory of graphics cards by the names they are sold under, in GiB.
+CARDS = {
+    "T4": 16, "RTX 3060": 12, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "L4": 24, "L40S": 48, "A10": 24,
+    "A100": 80, "A6000": 48, "V100": 16, "H100": 80, "H200": 141,
+}  # fmt: skip
+CARD_SHARE = 0.94  # what a CUDA context, its kernels and the caching allocator's blocks leave to tensors
+
+
+def parse_bytes(text: str, *, where: str) -> int:
+    """Bytes of "8GB", "7.5 GiB", "900MB". Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{text!r} is no amount of memory", where=where, todo="Write it as 8GB or 7.5GiB.")
+    power = "KMGT".index(match[2].upper()) + 1
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def device_memory(text: str) -> tuple[str, int]:
+    """(name, usable bytes) of a card: "A10", "A10 24GB" or any name with a size. Raises UsageError."""
+    name, _, size = text.strip().rpartition(" ")
+    if re.fullmatch(r"[0-9.]+\s*[GT]i?B", size, re.IGNORECASE):
+        return name or text, int(parse_bytes(size.upper().replace("GB", "GiB"), where="--device") * CARD_SHARE)
+    for card, gib in CARDS.items():
+        if card.lower() == text.strip().lower():
+            return card, int((gib << 30) * CARD_SHARE)
+    raise UsageError(
+        f"{text!r} is not among the cards known here",
+        where="--device",
+        details=[", ".join(CARDS)],
+        todo='Name its memory: --device "NAME 24GB".',
+    )
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+    """Memory of this process that is in RAM now, or the most since `reset_peak`."""
+    name = "VmHWM" if peak else "VmRSS"
+    for line in _lines("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) << 10
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used << 10
+
+
+def data_bytes() -> int:
+    """Private memory of this process by the count that RLIMIT_DATA bounds (Linux): mapped, touched or not."""
+    return next((int(line.split()[1]) << 10 for line in _lines("/proc/self/status") if line.startswith("VmData")), 0)
+
+
+def reset_peak() -> bool:
+    """Begin a new peak of `resident_bytes`; False where the system does not do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def memory_here(device: str) -> int:
+    """Bytes that this process could take more on `device`: free memory of the card, or available RAM."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) << 10
+            return min([available, *_group_rest()])
+    return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+
+
+def _group_rest() -> list[int]:
+    """What a control group (a container) still allows; empty where there is no limit."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        values = [*_lines(limit)[:1], *_lines(used)[:1]]
+        if len(values) == 2 and all(value.strip().isdigit() for value in values):
+            return [max(0, int(values[0]) - int(values[1]))]
+    return []
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []

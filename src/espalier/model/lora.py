@@ -56,13 +56,19 @@ def num_embedding_rows(model: PreTrainedModel) -> int:
 
 def linear_names(model: nn.Module) -> Counter[str]:
     """Last name of each linear layer -> how many there are, without the output head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_of_model(model)
     return Counter(
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module) and module is not head
+        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module) and module is not head
     )
 
 
-def _is_linear(module: nn.Module) -> bool:
+def head_of_model(model: nn.Module) -> Any:
+    """The output head, which gets no adapter; None where there is none."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for the layers that all-linear means."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

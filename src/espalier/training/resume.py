@@ -53,6 +53,7 @@ MAY_CHANGE = frozenset(
         "on_nonfinite",
         "max_nonfinite_steps",
         "max_tokens_per_pack",
+        "memory_limit",
         "min_shared_tokens",
         "self_check",
         "on_bad_row",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from espalier import __version__
-from espalier.config import RunConfig
+from espalier.config import MAX_TOKENS_PER_PACK, RunConfig
 from espalier.errors import AdapterError, DataError, RunFolderError, TrainingError, UsageError
 from espalier.runfile import build_config
 from espalier.training.prepare import Prepared, fsdp_settings, prepare
@@ -175,6 +175,7 @@ def quiet_libraries() -> Iterator[None]:
 
 def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ranks) -> RunResult:
     from espalier.training.faults import Interrupted, stop_on_signals
+    from espalier.training.memory_guard import MemoryWatch
     from espalier.training.rehearsal import Rehearsal
     from espalier.training.report import METRICS, LeftOutLog, RunReporter
     from espalier.training.resume import complete_evaluation, has_ended, load_ending, resume_point, stored_state
@@ -206,6 +207,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ra
         samples = Samples(trainer, prepared.probes, prepared.stop_ids, folder, trainer.notice, resumed_at=resumed_at)
         trainer.add_callback(samples)
     trainer.add_callback(Rehearsal(trainer, samples))
+    trainer.add_callback(MemoryWatch(trainer.guard))
     started = time.perf_counter()
     try:
         with stop_on_signals(trainer):
@@ -243,6 +245,7 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
     from espalier.model.quantized import describe
     from espalier.model.shard import shard_base
     from espalier.training.arguments import training_arguments
+    from espalier.training.memory_plan import guard_memory, plan_memory
     from espalier.training.step import StepOptions
     from espalier.training.trainer import LoraTrainer
 
@@ -259,6 +262,15 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
             where="--modules_to_save",
             todo="Add --fp32, or leave it out.",
         )
+    memory = plan_memory(
+        config,
+        prepared.model_config,
+        prepared.train_rows,
+        device=device,
+        dtype=dtype,
+        num_steps=prepared.max_steps,
+        bits={"nf4": 4, "int8": 8}.get(prepared.quantization or "", 16),
+    )
     set_seed(config.seed)
     base = load_model(
         prepared.model,
@@ -282,7 +294,7 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
         options=StepOptions(
             tree=config.tree == "on",
             attention=config.attention,
-            max_tokens_per_pack=config.max_tokens_per_pack,
+            max_tokens_per_pack=min(memory.plan.tokens, config.max_tokens_per_pack or MAX_TOKENS_PER_PACK),
             min_shared_tokens=config.min_shared_tokens,
             group_by_prefix=config.group_by_prefix,
             self_check=config.self_check == "on",
@@ -299,6 +311,7 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
     trainer.remove_callback(PrinterCallback)
     say("lora", f"{trainer.lora_counts}{trainer.describe_norms()}")
     say("tree", trainer.describe_tree())
+    guard_memory(trainer, memory, config, say)
     return trainer
 
 
@@ -439,6 +452,7 @@ def _say_finished(prepared: Prepared, trainer: LoraTrainer, folder: Path, consol
         )
     if trainer.nonfinite.total:
         console.print(f"{trainer.nonfinite.total} steps were skipped: their loss or gradient was not finite")
+    console.print(trainer.guard.account(), soft_wrap=True, highlight=False)
     size = (folder / "adapter_model.safetensors").stat().st_size
     console.print(
         f"{trainer.state.global_step} steps in {seconds:.1f} s; adapter of {size / 1e6:.1f} MB in {folder}, "

@@ -29,11 +29,21 @@ from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.errors import CheckpointError, RunFolderError, TrainingError, UsageError
 from espalier.model.shard import is_sharded
 from espalier.training.checkpoint import CheckpointKeeper, plain_random, random_state, run_of
+from espalier.training.checkpoint_files import set_random_state
 from espalier.training.faults import NonFinite
 from espalier.training.inputs import as_encoded, model_and_tokenizer, pad_id
 from espalier.training.log_window import LogWindow
+from espalier.training.memory_guard import MemoryGuard, StepPlan, is_allocation_failure, num_recomputable
 from espalier.training.ranks import Ranks, join
-from espalier.training.step import NO_ROWS, StepBatch, StepLoader, StepOptions, StepSampler, order_by_prefix
+from espalier.training.step import (
+    NO_ROWS,
+    StepBatch,
+    StepCollator,
+    StepLoader,
+    StepOptions,
+    StepSampler,
+    order_by_prefix,
+)
 from espalier.training.streaming import StepNumbers, StreamCollator, StreamedSteps
 from espalier.tree.attention import choose_attention
 from espalier.tree.collate import to_tensors
@@ -128,6 +138,15 @@ class LoraTrainer(Trainer):
         self.nonfinite = NonFinite(
             self.options.on_nonfinite == "skip", self.options.max_nonfinite_steps, lambda text: self.notice(text)
         )
+        self.guard = MemoryGuard(
+            StepPlan(
+                self.options.max_tokens_per_pack if self.options.tree else sys.maxsize,
+                num_recomputable(peft_model) if args.gradient_checkpointing else 0,
+            ),
+            num_recomputable(peft_model),
+            device=str(args.device),
+            notice=lambda text: self.notice(text),
+        )
         self._checked = False
         self._window = LogWindow()
         self._random_at_step: tuple[int, dict[str, Any]] | None = None  # (steps done, state before the next one)
@@ -211,6 +230,24 @@ class LoraTrainer(Trainer):
         if self.options.self_check and self.options.tree and (batch.packs or self.sharded) and not self._checked:
             self._check_tree(model, batch)
         model.train()
+        if self.sharded or not batch.rows:  # micro-steps of all ranks go together: one cannot lay its own out anew
+            return self._backward_parts(model, batch)
+        collator: StepCollator = cast(Any, self.data_collator)
+        batch = self.guard.fitting(batch, collator, model)
+        while True:
+            try:
+                with self.guard.limited():
+                    return self._backward_parts(model, batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_allocation_failure(error):
+                    raise
+                failure = error.with_traceback(None)  # its frames hold the tensors that are in the way
+            model.zero_grad(set_to_none=True)  # a step is one call, so these are its own gradients
+            assert self._random_at_step is not None
+            set_random_state(self._random_at_step[1])
+            batch = self.guard.smaller(batch, collator, model, failure)
+
+    def _backward_parts(self, model: nn.Module, batch: StepBatch) -> tuple[float, float]:
         loss = torch.zeros((), device=self.args.device)
         correct = torch.zeros((), device=self.args.device)
         for part in self._evenly(batch.packs or batch.parts):
@@ -501,6 +538,7 @@ class LoraTrainer(Trainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "window": self._window.to_dict(),
+            "memory": self.guard.state(),
             "nonfinite": {"in_row": self.nonfinite.in_row, "total": self.nonfinite.total},
         }
 
@@ -512,6 +550,8 @@ class LoraTrainer(Trainer):
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
         self._window = LogWindow(**progress["window"])
+        if progress.get("memory"):
+            self.guard.restore(progress["memory"], self.model)
         self.nonfinite.in_row = progress["nonfinite"]["in_row"]
         self.nonfinite.total = progress["nonfinite"]["total"]
 

@@ -19,7 +19,7 @@ from espalier.tree.attention import set_attention, takes_stock_mask, tree_masks
 from espalier.tree.collate import PackTensors
 
 # Logits held at once: 16 million of them are 64 MB in float32.
-_CHUNK_LOGITS = 1 << 24
+CHUNK_LOGITS = 1 << 24
 # Logits that are worked on at once, on a CPU: what its cache holds (3.6 times faster than a whole chunk, LOG.md).
 _CACHED_LOGITS = 1 << 20
 
@@ -138,7 +138,7 @@ def tree_hidden(base: PreTrainedModel, tensors: PackTensors, attention: str, **k
 
 
 def _chunk_tokens(base: PreTrainedModel) -> int:
-    return max(1, _CHUNK_LOGITS // int(base.config.get_text_config().vocab_size))
+    return max(1, CHUNK_LOGITS // int(base.config.get_text_config().vocab_size))
 
 
 def _hidden(base: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
