@@ -97,6 +97,37 @@ def train_command(context: typer.Context) -> None:
     train(config)
 
 
+@app.command("plan", context_settings=RAW)
+def plan_command(context: typer.Context) -> None:
+    """Memory and time of a run before it starts; takes train's options, --device "A10 24GB" and --json."""
+    from espalier.flags import parse_flags
+
+    argv = list(context.args)
+    if not argv or any(token in ("-h", "--help") for token in argv):
+        typer.echo(
+            "Usage: espalier plan --dataset_path FILE ... [options of train] [--config FILE]\n\n"
+            "Predicts the memory and time of a run from its config and rows; loads no weights, writes nothing.\n"
+            "Exit 0: it fits; 1: it does not.\n\n"
+            '  --device "NAME [SIZE]"  for a graphics card: A10, A100, "A100 40GB", "any 12GB"; else this machine\n'
+            "  --json                  one JSON object, bytes and seconds"
+        )
+        raise typer.Exit(0 if argv else 2)
+    as_json = "--json" in argv
+    argv = [token for token in argv if token != "--json"]
+    device = None
+    if "--device" in argv:
+        at = argv.index("--device")
+        if at + 1 == len(argv):
+            raise UsageError("--device takes a card's name", todo='As --device "A10 24GB".')
+        device = argv[at + 1]
+        del argv[at : at + 2]
+    raw, config_file = parse_flags(argv)
+    from espalier.runfile import build_config
+    from espalier.training.plan_command import run_plan
+
+    raise typer.Exit(run_plan(build_config(raw, config_file), device=device, as_json=as_json))
+
+
 @app.command("check")
 def check_command(
     files: Files,

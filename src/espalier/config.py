@@ -158,8 +158,8 @@ class RunConfig:
     )
     max_tokens_per_pack: int | None = option(
         None,
-        f"most unique tokens in one forward pass (at least the longest row); not set: {MAX_TOKENS_PER_PACK:,}, or fewer "
-        "where memory is short",
+        "most unique tokens in one forward pass (at least the longest row); not set: "
+        f"{MAX_TOKENS_PER_PACK:,}, or fewer where memory is short",
         "Prompt tree",
         common=True,
     )
@@ -223,7 +223,9 @@ class RunConfig:
         None, "JSON file with reshard_after_forward and cpu_offload, for --fsdp", "Hardware", hf=True
     )
     memory_limit: str | None = option(
-        None, "most memory this process may take, as 8GB: steps are planned to fit; not set: what is free", "Hardware",
+        None,
+        "most memory this process may take, as 8GB: steps are planned to fit; not set: what is free",
+        "Hardware",
         common=True,
     )
     dataloader_num_workers: int = option(0, "processes that plan steps ahead", "Hardware", hf=True)

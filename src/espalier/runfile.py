@@ -191,7 +191,13 @@ def check_values(own: Mapping[str, Any]) -> list[str]:
     for name in ("lora_rank", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(config, name) < 1:
             problems.append(f"--{name}: {getattr(config, name)} is not 1 or more")
-    for name in ("max_seq_length", "max_tokens_per_pack", "save_total_limit", "per_device_eval_batch_size", "early_stopping_patience"):
+    for name in (
+        "max_seq_length",
+        "max_tokens_per_pack",
+        "save_total_limit",
+        "per_device_eval_batch_size",
+        "early_stopping_patience",
+    ):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             problems.append(f"--{name}: {getattr(config, name)} is not 1 or more")
     if config.max_steps is not None and config.max_steps < 1 and config.max_steps != -1:

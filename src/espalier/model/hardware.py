@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -127,6 +128,15 @@ def resident_bytes(*, peak: bool = False) -> int:
 def data_bytes() -> int:
     """Private memory of this process by the count that RLIMIT_DATA bounds (Linux): mapped, touched or not."""
     return next((int(line.split()[1]) << 10 for line in _lines("/proc/self/status") if line.startswith("VmData")), 0)
+
+
+def release_free_memory() -> None:
+    """Give what the C library keeps for later back to the system, where it is glibc: it would count as resident, and
+    small tensors in it keep large ones from fitting."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def reset_peak() -> bool:

@@ -9,11 +9,12 @@ is counted as it is, and a change of the code changes the plan.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from espalier.model.fast_lora import fast_lora
-from espalier.model.lora import ALL_LINEAR, add_adapter, empty_model, head_of_model, is_linear
+from espalier.model.lora import ALL_LINEAR, add_adapter, empty_model, head_of_model, is_linear, num_embedding_rows
 from espalier.tree.attention import set_attention, takes_stock_mask, tree_masks
 from espalier.tree.collate import TreeLayout
 from espalier.tree.loss import CHUNK_LOGITS
@@ -95,7 +96,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all meta tensors that are made while it is open, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
 
@@ -138,7 +139,7 @@ class _Kept(torch.autograd.Function):
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         kept = (query, key, value, output, lse) + (() if mask is None else (mask.to(query.dtype),))
         ctx.save_for_backward(*kept)
-        return output
+        return cast(torch.Tensor, output)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -169,13 +170,18 @@ class MemoryModel:
         whole = empty_model(config, trust_remote_code=trust_remote_code)
         self.num_layers = int(config.get_text_config().num_hidden_layers)
         self.fixed = fixed_bytes(whole, settings, dtype=dtype, optim=optim, bits=bits)
-        self.vocabulary = int(whole.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+        head: Any = head_of_model(whole)
+        self.num_linear = sum(m.weight.numel() for m in whole.modules() if is_linear(m) and m is not head)  # type: ignore[operator,misc]
+        self.vocabulary = num_embedding_rows(whole)
         self.hidden_size = int(config.get_text_config().hidden_size)
         few = shortened(config, TRACED_LAYERS)
         # A head's loss is counted by itself, so an adapter on chosen layers is traced as one on all of them.
         everywhere = replace_layers(settings)
-        model = empty_model(few, trust_remote_code=trust_remote_code).to(dtype)
-        self.model: Any = add_adapter(model, everywhere)
+        model: Any = empty_model(few, trust_remote_code=trust_remote_code)
+        model.to(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT says the same once more when the real model gets its adapter
+            self.model: Any = add_adapter(model, everywhere)
         if lora_forward == "fast":
             fast_lora(self.model)
         self.model.train()

@@ -63,8 +63,10 @@ REFUSED: dict[str, Refusal] = {
     "use_cache": Refusal("training keeps no key-value cache", (False,)),
     "neftune_noise_alpha": Refusal("noise on the embeddings would differ between rows that share a beginning"),
     "activation_checkpointing": Refusal("it is called --gradient_checkpointing here"),
-    "activation_checkpointing_kwargs": Refusal("--gradient_checkpointing recomputes all layers; without it, as many as memory needs"),
-    "gradient_checkpointing_kwargs": Refusal("--gradient_checkpointing recomputes all layers; without it, as many as memory needs"),
+    "activation_checkpointing_kwargs": Refusal(
+        "--gradient_checkpointing recomputes all layers, else as many as needed"
+    ),
+    "gradient_checkpointing_kwargs": Refusal("--gradient_checkpointing recomputes all layers, else as many as needed"),
     "ignore_data_skip": Refusal("a resumed run goes on with the next row, always", (False,)),
     "restore_callback_states_from_checkpoint": Refusal("a resumed run restores all of its state, always", (True,)),
     "save_only_model": Refusal("a checkpoint without optimizer state could not be resumed", (False,)),

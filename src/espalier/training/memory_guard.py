@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from espalier.errors import TrainingError
-from espalier.model.hardware import data_bytes, reset_peak, resident_bytes
+from espalier.model.hardware import data_bytes, release_free_memory, reset_peak, resident_bytes
 from espalier.model.memory import MemoryModel, PartBytes, decoder_layers
 from espalier.training.step import StepBatch, StepCollator, StepOptions
 from espalier.tree.loss import base_of
@@ -62,14 +62,16 @@ class MemoryGuard:
     device: str = "cpu"
     held: int = 0
     is_reduced: bool = False
-    is_tight: bool = False
     said: int | None = None  # bytes that the header predicted
-    largest: StepBatch | None = None
+    checked: int = 0  # most bytes resident until the self-check was done
     notice: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr))
 
     def start(self, model: torch.nn.Module) -> None:
         """Note what is held before the first step, and recompute the layers of the plan."""
-        self.held = resident_bytes() if self.device == "cpu" else torch.cuda.memory_allocated()
+        if self.device == "cpu":
+            release_free_memory()
+        if self.model is None and self.device == "cpu":
+            self.held = resident_bytes()
         if self.num_layers:
             recompute_layers(model, self.plan.recompute)
         if self.limit is not None and self.device.startswith("cuda"):
@@ -125,8 +127,8 @@ class MemoryGuard:
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
         self.notice(
-            f"memory: an allocation failed ({str(error).splitlines()[0][:120]}): the step runs again from the same rows "
-            f"and random state with {plan}; the gradient is the same"
+            f"memory: an allocation failed ({str(error).splitlines()[0][:120]}): the step runs again from the same "
+            f"rows and random state with {plan}; the gradient is the same"
         )
         return self._laid_out(batch, collator)
 
@@ -139,7 +141,7 @@ class MemoryGuard:
         import resource
 
         before = resource.getrlimit(resource.RLIMIT_DATA)
-        room = max(0, self.limit - resident_bytes())
+        room = max(0, self.limit - max(self.held, resident_bytes()))  # pages of the base come as they are read
         bound = data_bytes() + room
         if before[1] != resource.RLIM_INFINITY:
             bound = min(bound, before[1])
@@ -152,12 +154,21 @@ class MemoryGuard:
     def account(self) -> str:
         """One line at the end of a run: what was predicted and what it was."""
         if self.device == "cpu":
-            real = f"at most {_gb(resident_bytes(peak=True))} were resident while training"
+            real = f"at most {_gb(resident_bytes(peak=True))} were resident in the steps"
         elif self.device.startswith("cuda"):
             real = f"at most {_gb(torch.cuda.max_memory_allocated())} were allocated on the card"
         else:
             return "memory: not measured on this device"
-        return f"memory: {real}" + (f", {_gb(self.said)} predicted" if self.said is not None else "")
+        said = f", {_gb(self.said)} predicted" if self.said is not None else ""
+        check = f"; {_gb(self.checked)} in the self-check before them, which no plan counts" if self.checked else ""
+        return f"memory: {real}{said}{check}"
+
+    def after_self_check(self) -> None:
+        """Measure the steps by themselves: plain rows take more than a tree of them, once."""
+        if self.device == "cpu":
+            self.checked = resident_bytes(peak=True)
+            release_free_memory()
+            reset_peak()
 
     def _apply(self, model: torch.nn.Module) -> None:
         self.is_reduced = True

@@ -1,11 +1,11 @@
-"""What a run will take, from its rows' layout: the largest of its steps, and how to compute it where memory is short."""
+"""What a run will take, from its rows' layout: its largest step, and how to compute it where memory is short."""
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str, str], None]
 
-TIGHT = 0.8  # of what is allowed: from here on the largest step is tried before step 1
 MOST_STEPS = 200  # of a long run so many are laid out: the longest by their rows' tokens, and others for the averages
+KERNEL_BYTES = 150_000_000  # pages of PyTorch's kernels and their buffers, which a first step brings in (LOG.md)
 SHARE_OF_FREE = 0.9  # of the machine's free memory: other programs want some, and a prediction may be 10 % off
 
 
@@ -182,7 +182,8 @@ def plan_memory(
     process: bytes in use before the base (None: this process now). room: bytes allowed in all (None: --memory_limit,
     or what is free on `device`). Rows of a stream are not known, so nothing is chosen for them.
     """
-    process = (resident_bytes() if device == "cpu" else 0) if process is None else process
+    if process is None:
+        process = resident_bytes() + KERNEL_BYTES if device == "cpu" else 0
     limit = parse_bytes(config.memory_limit, where="--memory_limit") if config.memory_limit else None
     if room is None:
         room = limit if limit is not None else process + int(SHARE_OF_FREE * memory_here(device))
@@ -231,8 +232,7 @@ def guard_memory(trainer: LoraTrainer, memory: MemoryChoice, config: RunConfig, 
         say("memory", memory.reason)
         return
     guard.said = found.total
-    guard.largest = memory.survey.largest
-    guard.is_tight = found.total > TIGHT * memory.room
+    guard.held = found.process + found.fixed.base + found.fixed.adapter // 2
     asked = config.max_tokens_per_pack or MAX_TOKENS_PER_PACK
     guard.is_reduced = memory.plan.tokens < asked or (memory.plan.recompute > 0 and not config.gradient_checkpointing)
     allowed = "allowed by --memory_limit" if config.memory_limit else "free here"

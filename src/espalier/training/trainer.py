@@ -294,6 +294,7 @@ class LoraTrainer(Trainer):
         checked = rows_to_check(rows)
         check = self_check(model, checked, self.pad_id, attention=self.attention)
         self._checked = True
+        self.guard.after_self_check()
         if not check.ok:
             raise TrainingError(
                 "the prompt tree does not agree with plain rows on this model",
