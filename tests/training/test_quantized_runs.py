@@ -30,7 +30,7 @@ def test_a_run_on_a_packed_base(flag: str, tmp_path: Path, tiny_llama_dir: Path)
     settings = {"fp32": False, flag: True, "self_check": "on", "save_steps": 2, **EVALUATED}
     _, text = run(tiny_llama_dir, rows, out, max_steps=4, **settings)
     assert SAID[flag] in text
-    assert "  lora       own forward in 14 layers\n" in text
+    assert "  lora       own forward in 14 layers; fused norms: 5\n" in text
     assert "self-check on 3 rows" in text
     losses = [entry["loss"] for entry in log_of(out) if "loss" in entry]
     assert len(losses) == 4
