@@ -37,6 +37,8 @@ def test_a_run_on_a_packed_base(flag: str, tmp_path: Path, tiny_llama_dir: Path)
     assert losses[-1] < losses[0]
     base = json.loads((out / "espalier.json").read_text())["base"]
     assert base["held_as"] == {"load_in_4bit": "nf4", "load_in_8bit": "int8"}[flag]
+    assert f"{base['held_as'].replace('nf4', 'NF4')}, " in (out / "README.md").read_text()
+    assert "uint8" not in (out / "README.md").read_text()
     full = load_model(tiny_llama_dir, device="cpu", dtype=torch.bfloat16)
     assert base["fingerprint"] == base_fingerprint(full)
 

@@ -86,11 +86,15 @@ def card_facts(prepared: Prepared, trainer: LoraTrainer, folder: Path) -> CardFa
     """The facts of a finished run."""
     from espalier.model.embedded import EMBEDDED
     from espalier.model.lora import describe_adapter
+    from espalier.model.quantized import describe
 
     base, state = prepared.model, trainer.state
     embedded = EMBEDDED.get(base.name) if base.kind == "embedded" else None
     kept = state.best_global_step if trainer.args.load_best_model_at_end and state.best_model_checkpoint else None
-    precision = {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters() if not p.requires_grad}
+    frozen = [p for p in trainer.model.parameters() if not p.requires_grad and p.is_floating_point()]
+    precision = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen}))
+    if prepared.quantization:
+        precision = f"{describe(prepared.quantization)}, computed in {precision}"
     return CardFacts(
         name=folder.resolve().name,
         base=base.name,
@@ -109,7 +113,7 @@ def card_facts(prepared: Prepared, trainer: LoraTrainer, folder: Path) -> CardFa
         best_step=kept if kept != state.global_step else None,
         skipped_steps=trainer.nonfinite.total,
         log=list(state.log_history),
-        precision=" and ".join(sorted(precision)),
+        precision=precision,
         hardware=hardware(trainer.args.device),
         versions={"espalier": __version__, "python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
