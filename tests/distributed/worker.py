@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 worker.py runs.json
 
 runs.json: a list of {"options": {...}, "fault": {...}}. A fault is put into `LoraTrainer.part_loss` of one rank, at one
-step: kind "error" (a DataError that names a row), "memory", "nan", "kill" (SIGKILL) or "stop" (SIGTERM to itself).
+step: kind "error" (a DataError that names a row), "memory", "nan", "kill" (SIGKILL), "stop" (SIGTERM to itself) or
+"slow" (a second's pause); rank or step null: every one.
 A fault holds for the launcher's first attempt only.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import torch
@@ -31,9 +33,12 @@ def with_fault(fault: dict[str, Any]) -> Any:
 
     def part_loss(self: LoraTrainer, model: Any, part: Any) -> Any:
         output = plain_part_loss(self, model, part)
-        if fault["rank"] != RANK or self.state.global_step + 1 != fault["step"] or not model.training:
+        here = fault["rank"] in (RANK, None) and fault["step"] in (self.state.global_step + 1, None)
+        if not here or not model.training:
             return output
         kind = fault["kind"]
+        if kind == "slow":
+            time.sleep(1.0)
         if kind == "error":
             raise DataError("the row cannot be used", where="rows.jsonl:7", todo="Mend it.")
         if kind == "memory":
