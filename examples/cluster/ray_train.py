@@ -31,12 +31,15 @@ def main() -> None:
     args = parser.parse_args()
 
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
+    # Ray's choice on GPUs is NCCL alone, which carries no tensor of a CPU: a step's loss and counts are one.
+    groups = TorchConfig(backend="cpu:gloo,cuda:nccl" if args.gpu else "gloo")
     options = {"config": os.path.abspath(args.config), "output_dir": os.path.abspath(args.output_dir)}
     TorchTrainer(
         train_worker,
         train_loop_config=options,
+        torch_config=groups,
         scaling_config=ScalingConfig(num_workers=args.workers, use_gpu=args.gpu),
         run_config=RunConfig(storage_path=options["output_dir"] + "-ray"),
     ).fit()
