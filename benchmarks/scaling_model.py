@@ -78,13 +78,15 @@ def all_reduce_seconds(num_bytes: float, ranks: int, bytes_per_second: float, la
 def shares(rows: Sequence[Any], ranks: int, steps: int, rows_a_rank: int) -> list[list[int]]:
     """Unique tokens of each rank, a list a step. The rows come again from the start where they are too few."""
     from espalier.training.step import StepCollator, StepOptions, StepSampler
+    from espalier.tree.deal import deal_rows
 
     size = rows_a_rank * ranks
     sampler = StepSampler(max(len(rows), size * steps), size, seed=42)
     found = []
     for _, numbers in zip(range(steps), sampler, strict=False):
         chosen = [rows[number % len(rows)] for number in numbers]
-        batches = [StepCollator(StepOptions(), size, rank, ranks)(chosen) for rank in range(ranks)]
+        parts = deal_rows(chosen, ranks)
+        batches = [StepCollator(StepOptions(), size)([chosen[i] for i in part]) for part in parts if part]
         found.append([batch.unique_tokens for batch in batches])
     return found
 
