@@ -20,7 +20,7 @@ from espalier.training.memory_plan import KERNEL_BYTES, MemoryChoice, plan_memor
 from espalier.training.prepare import Prepared, prepare
 from espalier.training.report import Header
 
-# What a step takes beside its products and attention: from 2.9 to 1.5 times (LOG.md); the bar says so.
+# What a step takes beside its products and attention: a guess with a wide bar, not a measurement.
 OVERHEAD, OVERHEAD_LOW, OVERHEAD_HIGH = 2.0, 1.4, 3.0
 CALIBRATION_TOKENS, REPEATS = 512, 3
 
