@@ -13,7 +13,8 @@ set -euo pipefail
 
 # A process a GPU; on nodes without GPUs set PROCESSES_PER_NODE (1 is a good choice).
 processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first_node=${nodes%%$'\n'*} # not `| head -n 1`: with pipefail, scontrol may die of the closed pipe, and the job with it
 # A port of the job's own, so that two jobs on one node do not meet.
 port=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-1} / processes > 0 ? ${SLURM_CPUS_PER_TASK:-1} / processes : 1))}

@@ -26,7 +26,9 @@ exit "$status"
 """
 SCONTROL = """#!/usr/bin/env bash
 [ "$*" = "show hostnames node[1-2]" ] || exit 1
-printf 'localhost\\nother\\n'
+echo localhost
+sleep 0.2 # a reader of the first line alone is gone by now, and a second one meets a closed pipe
+echo other
 """
 TORCHRUN = f"""#!/usr/bin/env bash
 exec {sys.executable} -m torch.distributed.run "$@"
