@@ -21,6 +21,7 @@ ROOMS = [
     "use",
     "training",
     "flags",
+    "command_options",
     "cli",
     "__main__",
 ]

@@ -10,6 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from espalier import __version__
+from espalier.command_options import (
+    AdapterOption,
+    ColumnsOption,
+    CpuOption,
+    EncodingOption,
+    Files,
+    FormatOption,
+    JsonOption,
+    LengthOption,
+    ModelOption,
+    OutputOption,
+    OverlengthOption,
+    SentenceOption,
+    TemplateOption,
+    TrainOnOption,
+    TreeOption,
+    TrustOption,
+    column_names,
+    encoder_of,
+    format_options,
+)
 from espalier.config import DEFAULT_MODEL
 from espalier.errors import EspalierError, UsageError
 from espalier.use.serving.options import ServeOptions
@@ -28,35 +49,6 @@ app = typer.Typer(
         "token_normalize_func": lambda name: name.replace("-", "_"),  # --model-path is --model_path
     },
 )
-
-# Options that several commands share.
-Files = Annotated[
-    list[str], typer.Argument(help="Data files, globs, '-' or hub:owner/name[:split].", show_default=False)
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model_path", help="Base model: smollm2-135m, a folder, a .gguf file or a hub name.")
-]
-TemplateOption = Annotated[
-    str | None, typer.Option("--template", help="Chat template: atom, chatml, plain or a jinja file.")
-]
-FormatOption = Annotated[
-    str | None,
-    typer.Option("--format", help="alpaca, messages, sharegpt, prompt_completion or text; else recognised."),
-]
-ColumnsOption = Annotated[str | None, typer.Option("--columns", help="Names of the columns: prompt=q,completion=a.")]
-EncodingOption = Annotated[str | None, typer.Option("--encoding", help="Text encoding of the files; else UTF-8.")]
-SentenceOption = Annotated[
-    str, typer.Option("--input_sentence", help="Between instruction and input: none, en, zh or a text.")
-]
-LengthOption = Annotated[
-    int | None, typer.Option("--max_seq_length", help="Longest row in tokens; else the model's own limit.")
-]
-OverlengthOption = Annotated[
-    Literal["drop", "truncate_prompt", "split", "error"],
-    typer.Option("--overlength", help="For rows longer than that."),
-]
-TrainOnOption = Annotated[Literal["all", "last"], typer.Option("--train_on", help="Which assistant turns are learnt.")]
-TrustOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that comes with the model.")]
 
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -144,7 +136,7 @@ def check_command(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where there are warnings.")] = False,
     fix: Annotated[str | None, typer.Option("--fix", help="Write the kept rows to this JSONL file.")] = None,
     rejects: Annotated[str | None, typer.Option("--rejects", help="Write the left-out rows and reasons here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Check data files: what is kept, left out and why. Exit 0 clean, 1 warnings with --strict, 2 errors."""
@@ -152,12 +144,12 @@ def check_command(
 
     def encoder() -> Encoder:
         assert model_path is not None
-        return _encoder(model_path, template, max_seq_length, overlength, train_on, trust_remote_code)
+        return encoder_of(model_path, template, max_seq_length, overlength, train_on, trust_remote_code)
 
     code = run_check(
         files,
         heldout=heldout,
-        options=_format_options(format, columns, encoding, input_sentence),
+        options=format_options(format, columns, encoding, input_sentence),
         encoder_factory=encoder if model_path is not None else None,
         strict=strict,
         fix=fix,
@@ -192,8 +184,8 @@ def inspect_command(
 
     code = run_inspect(
         files,
-        _encoder(model_path or DEFAULT_MODEL, template, max_seq_length, overlength, train_on, trust_remote_code),
-        _format_options(format, columns, encoding, input_sentence),
+        encoder_of(model_path or DEFAULT_MODEL, template, max_seq_length, overlength, train_on, trust_remote_code),
+        format_options(format, columns, encoding, input_sentence),
         row=row,
         line=line,
         random_rows=random_rows,
@@ -207,7 +199,7 @@ def inspect_command(
 @app.command("chat")
 def chat_command(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: from stdin, or a conversation.")] = None,
-    adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)] = ...,  # type: ignore[assignment]
+    adapter: AdapterOption = ...,  # type: ignore[assignment]
     model_path: ModelOption = None,
     prompts_file: Annotated[
         str | None, typer.Option("--prompts_file", help="One prompt a line, or JSONL rows.")
@@ -221,7 +213,7 @@ def chat_command(
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     template: TemplateOption = None,
-    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    use_cpu: CpuOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Talk to an adapter, through the template that was trained."""
@@ -269,7 +261,7 @@ def serve_command(
         int, typer.Option("--max_new_tokens", help="Longest answer in tokens, whatever a request asks.")
     ] = ServeOptions.max_new_tokens,
     template: TemplateOption = None,
-    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    use_cpu: CpuOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Serve adapters over one base by OpenAI's chat API (/v1/chat/completions). Needs the extra 'serve'."""
@@ -292,7 +284,7 @@ def serve_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)] = ...,  # type: ignore[assignment]
+    adapter: AdapterOption = ...,  # type: ignore[assignment]
     files: Annotated[
         list[str] | None,
         typer.Option("--dataset_path", help="Rows that it has not seen; else those that its run held out."),
@@ -302,7 +294,7 @@ def evaluate_command(
         int | None,
         typer.Option("--max_new_tokens", help="Longest answer in tokens; else a little over the longest wanted."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
     html: Annotated[
         str | None, typer.Option("--html", help="Write a page of the rows that got better and worse.")
     ] = None,
@@ -317,8 +309,8 @@ def evaluate_command(
     on_bad_row: Annotated[
         Literal["error", "skip"] | None, typer.Option("--on_bad_row", help="Rows that cannot be used; else as trained.")
     ] = None,
-    tree: Annotated[Literal["on", "off"], typer.Option("--tree", help="Compute shared beginnings once.")] = "on",
-    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    tree: TreeOption = "on",
+    use_cpu: CpuOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Judge an adapter next to its base on held-out rows: loss, accuracy, answers, and what of it may be chance."""
@@ -339,7 +331,7 @@ def evaluate_command(
         trust_remote_code=trust_remote_code,
         template=template,
         format=format,
-        columns=_column_names(columns),
+        columns=column_names(columns),
         encoding=encoding,
         max_seq_length=max_seq_length,
         on_bad_row=on_bad_row,
@@ -355,7 +347,7 @@ def demo_command(
     resume: Annotated[
         str | None, typer.Option("--resume_from_checkpoint", help="Go on with a stopped demo: last, or a folder.")
     ] = None,
-    tree: Annotated[Literal["on", "off"], typer.Option("--tree", help="Compute shared beginnings once.")] = "on",
+    tree: TreeOption = "on",
 ) -> None:
     """Train the default model on the example rows, and show what changed on rows that it has not seen."""
     from espalier.use.demo import run_demo
@@ -368,7 +360,7 @@ def merge_command(
     adapters: Annotated[
         list[str], typer.Option("--adapter", help="Folder of the adapter; several with --weights.", show_default=False)
     ] = ...,  # type: ignore[assignment]
-    output_dir: Annotated[str, typer.Option("--output_dir", help="New folder.", show_default=False)] = ...,  # type: ignore[assignment]
+    output_dir: OutputOption = ...,  # type: ignore[assignment]
     weights: Annotated[
         str | None, typer.Option("--weights", help="Of several adapters, for their sum: 0.7,0.3.")
     ] = None,
@@ -403,7 +395,7 @@ def verify_command(
         str, typer.Argument(help="Folder of an adapter or of a merged model, or a .gguf file.", show_default=False)
     ],
     model_path: ModelOption = None,
-    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    use_cpu: CpuOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -418,7 +410,7 @@ def import_command(
     source: Annotated[
         str, typer.Argument(help="Folder with adapter_model.bin, or the file itself.", show_default=False)
     ],
-    output_dir: Annotated[str, typer.Option("--output_dir", help="New folder.", show_default=False)] = ...,  # type: ignore[assignment]
+    output_dir: OutputOption = ...,  # type: ignore[assignment]
     model_path: ModelOption = None,
     lora_alpha: Annotated[
         float | None, typer.Option("--lora_alpha", help="As trained, where no adapter_config.json says it.")
@@ -427,7 +419,7 @@ def import_command(
         bool, typer.Option("--use_rslora", help="It was trained with the scale alpha / sqrt(rank).")
     ] = False,
     template: TemplateOption = None,
-    use_cpu: Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")] = False,
+    use_cpu: CpuOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Make LoRA tensors that a script has saved by parameter name (adapter_model.bin) a PEFT folder."""
@@ -444,39 +436,6 @@ def import_command(
         trust_remote_code=trust_remote_code,
     )
     raise typer.Exit(code)
-
-
-def _format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:
-    from espalier.data.formats import FormatOptions
-    from espalier.encode.template import input_joiner
-
-    names = _column_names(columns) or {}
-    return FormatOptions(format=format, columns=names, encoding=encoding, input_joiner=input_joiner(sentence))
-
-
-def _column_names(columns: str | None) -> dict[str, str] | None:
-    from espalier.runfile import OptionSpec, convert
-
-    try:
-        names: dict[str, str] | None = convert(columns, OptionSpec("columns", dict[str, str])) if columns else None
-    except ValueError as error:
-        raise UsageError(f"{columns!r} is not {error}", where="--columns") from error
-    return names
-
-
-def _encoder(
-    model_path: str, template: str | None, max_length: int | None, overlength: Any, train_on: Any, trust: bool
-) -> Encoder:
-    from espalier.encode.encode import Encoder
-    from espalier.encode.length import length_limit
-    from espalier.encode.template import resolve_template
-    from espalier.model.load import load_config, load_tokenizer, resolve_model
-
-    ref = resolve_model(model_path)
-    tokenizer = load_tokenizer(ref, trust)
-    limit, _ = length_limit(max_length, tokenizer, load_config(ref, trust))
-    chat_template = resolve_template(tokenizer, template)
-    return Encoder(tokenizer, chat_template, max_length=limit, overlength=overlength, train_on=train_on)
 
 
 def main(command: Callable[[], Any] = app) -> None:
