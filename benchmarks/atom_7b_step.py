@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from espalier.config import MAX_TOKENS_PER_PACK
 from espalier.model.lora import add_adapter
 from espalier.model.quantized import keep_trainable
+from espalier.training.describe import describe_tree
 from espalier.training.step import StepOptions
 from espalier.training.trainer import LoraTrainer
 
@@ -72,7 +73,7 @@ def main() -> None:
             callbacks=[SayStep()],
         )
         print(trainer.lora_counts, flush=True)
-        print(trainer.describe_tree(), flush=True)
+        print(describe_tree(trainer), flush=True)
         say("trainer")
         trainer.train()
 

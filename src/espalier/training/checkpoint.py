@@ -42,6 +42,7 @@ from espalier.training.checkpoint_files import (
     read_json,
     run_of,
 )
+from espalier.training.progress import progress_of, set_progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +118,7 @@ class CheckpointKeeper:
         if trainer.accelerator.scaler is not None:
             files.write_json(folder / "scaler.json", files.plain(trainer.accelerator.scaler.state_dict()))
         files.save_random(random, folder)
-        files.write_json(folder / PROGRESS, trainer.progress())
+        files.write_json(folder / PROGRESS, progress_of(trainer))
         self._write_state(trainer, folder)
 
     def rewrite_state(self, trainer: LoraTrainer, checkpoint: Path) -> None:
@@ -287,7 +288,7 @@ class CheckpointKeeper:
             set_seed(trainer.args.seed + rank + trainer.state.global_step)
         else:
             files.set_random_state(files.load_random(checkpoint, rank))
-        trainer.set_progress(read_json(checkpoint / PROGRESS))
+        set_progress(trainer, read_json(checkpoint / PROGRESS))
 
 
 def step_of(checkpoint: Path) -> int:

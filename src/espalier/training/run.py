@@ -245,6 +245,7 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
     from espalier.model.quantized import describe
     from espalier.model.shard import shard_base
     from espalier.training.arguments import training_arguments
+    from espalier.training.describe import describe_norms, describe_tree
     from espalier.training.memory_plan import guard_memory, plan_memory
     from espalier.training.step import StepOptions
     from espalier.training.trainer import LoraTrainer
@@ -309,8 +310,8 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
     )
     trainer.base_fingerprint = fingerprint
     trainer.remove_callback(PrinterCallback)
-    say("lora", f"{trainer.lora_counts}{trainer.describe_norms()}")
-    say("tree", trainer.describe_tree())
+    say("lora", f"{trainer.lora_counts}{describe_norms(trainer)}")
+    say("tree", describe_tree(trainer))
     guard_memory(trainer, memory, config, say)
     return trainer
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from espalier.config import MAX_TOKENS_PER_PACK, MIN_SHARED_TOKENS
@@ -16,6 +17,9 @@ from espalier.data.rows import BadRow
 from espalier.encode.encode import IGNORE_INDEX, Encoded
 from espalier.tree.deal import deal_rows
 from espalier.tree.plan import Pack, plan_step
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,3 +195,19 @@ class StepLoader(DataLoader[Any]):
         """Hand the epoch to the sampler; the Trainer calls this on loaders that have it."""
         sampler: Any = self.batch_sampler
         sampler.set_epoch(epoch)
+
+
+def step_loader(rows: Any, sampler: Any, collator: Any, args: TrainingArguments) -> StepLoader:
+    """Batches of `rows`, by the numbers that `sampler` gives, in the loader's workers if there are some."""
+    workers = args.dataloader_num_workers
+    return StepLoader(
+        rows,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=workers,
+        # Its own generator: a loader draws a seed whenever its workers start, and dropout must not notice.
+        generator=torch.Generator().manual_seed(args.seed),
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=workers > 0,  # starting them anew for each epoch costs seconds
+        multiprocessing_context=args.dataloader_multiprocessing_context or ("spawn" if workers else None),
+    )

@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,30 +25,28 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from espalier.data.formats import group_bad_rows
 from espalier.data.rows import BadRow
-from espalier.encode.encode import IGNORE_INDEX, Encoded
-from espalier.errors import CheckpointError, RunFolderError, TrainingError, UsageError
+from espalier.errors import RunFolderError, UsageError
 from espalier.model.shard import is_sharded
 from espalier.training.checkpoint import CheckpointKeeper, plain_random, random_state, run_of
-from espalier.training.checkpoint_files import set_random_state
+from espalier.training.evaluation import evaluate_rows
 from espalier.training.faults import NonFinite
 from espalier.training.inputs import as_encoded, model_and_tokenizer, pad_id
 from espalier.training.log_window import LogWindow
-from espalier.training.memory_guard import MemoryGuard, StepPlan, is_allocation_failure, num_recomputable
+from espalier.training.memory_guard import MemoryGuard, StepPlan, num_recomputable
+from espalier.training.micro_steps import MicroSteps
 from espalier.training.ranks import Ranks, join
 from espalier.training.step import (
-    NO_ROWS,
     StepBatch,
-    StepCollator,
     StepLoader,
     StepOptions,
     StepSampler,
     order_by_prefix,
+    step_loader,
 )
 from espalier.training.streaming import StepNumbers, StreamCollator, StreamedSteps
 from espalier.tree.attention import choose_attention
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import LossOutput, plain_loss, tree_loss
-from espalier.tree.selfcheck import rows_to_check, self_check
 from espalier.tree.support import tree_support
 
 if TYPE_CHECKING:
@@ -104,15 +102,7 @@ class LoraTrainer(Trainer):
         rows_here = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.rows_per_step = rows_here * self.ranks.world
         self.keep_checkpoints = args.save_total_limit
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = rows_here, 1
-        args.save_total_limit = None  # our keeper counts: HF's may delete the newest checkpoint in favour of the best
-        args.logging_nan_inf_filter = False
-        args.restore_callback_states_from_checkpoint = True
-        args.remove_unused_columns = False
-        if args.bf16 and next(peft_model.parameters()).dtype == torch.bfloat16:
-            args.bf16 = (
-                False  # the base is bfloat16 already and the adapter stays float32: autocast would only add casts
-            )
+        _one_batch_a_step(args, rows_here, next(peft_model.parameters()).dtype)
         encode = partial(
             as_encoded, tokenizer=processing_class, template=template, max_length=max_length, model=peft_model
         )
@@ -147,8 +137,8 @@ class LoraTrainer(Trainer):
             device=str(args.device),
             notice=lambda text: self.notice(text),
         )
-        self._checked = False
-        self._window = LogWindow()
+        self.micro_steps = MicroSteps(self)
+        self.window = LogWindow()
         self._random_at_step: tuple[int, dict[str, Any]] | None = None  # (steps done, state before the next one)
         self._step_has_loss = True
         super().__init__(
@@ -168,32 +158,6 @@ class LoraTrainer(Trainer):
                 todo="Without an accelerator, pass TrainingArguments(use_cpu=True).",
             )
 
-    def describe_norms(self) -> str:
-        """The end of the header's line on layers: how many norms are computed by which forward."""
-        if not self.fast_norms:
-            return ""
-        return f"; fused norms: {self.fast_norms}" + (f", {self.stock_norms} as they are" if self.stock_norms else "")
-
-    def describe_tree(self) -> str:
-        """One line for the header: what is shared, how, and what the first step gains."""
-        first = next(iter(self._train_sampler()))
-        batch: StepBatch = cast(Any, self.data_collator)([self.train_dataset[i] for i in first])
-        if not self.options.tree:
-            why = self.support.reason or "--tree off"
-            return f"off ({why}): padded rows, {batch.unique_tokens:,} positions for {batch.logical_tokens:,} tokens"
-        shared = "on" + (f" ({self.support.reason})" if self.support.reason else "")
-        dropout = max((float(getattr(c, "lora_dropout", 0.0)) for c in self.model.peft_config.values()), default=0.0)
-        if dropout:
-            shared += f" (dropout {dropout:g}: rows that share a token share its draw, equal in expectation)"
-        if self.ranks.world > 1:
-            shared += f"; steps are dealt to {self.ranks.world} processes by shared beginnings"
-        return (
-            f"{shared}; first step: {len(batch.rows)} rows of {batch.logical_tokens:,} tokens in {len(batch.packs)} "
-            f"pack{'s' if len(batch.packs) > 1 else ''} of {batch.unique_tokens:,} tokens "
-            f"({batch.logical_tokens / batch.unique_tokens:.1f} times less); "
-            f"attention {self.attention}: {self.attention_reason}"
-        )
-
     # ---- the step ------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -205,12 +169,12 @@ class LoraTrainer(Trainer):
         self._random_at_step = (self.state.global_step, random_state())
         if not batch.weight_sum:  # of a stream, and all of them were named
             self._batch, self._step_has_loss = batch, False
-            self._window.add_lost()
+            self.window.add_lost()
             return torch.zeros((), device=self.args.device)
         started = time.perf_counter()
         loss, correct, problem = 0.0, 0.0, None
         try:
-            loss, correct = self._forward_backward(model, batch)
+            loss, correct = self.micro_steps.run(model, batch, self._random_at_step[1])
         except Exception as error:  # the other ranks must hear of it, and wait for this one's numbers
             problem = error
         sums = (loss, correct, batch.unique_tokens)
@@ -219,64 +183,11 @@ class LoraTrainer(Trainer):
         self._step_has_loss = math.isfinite(total)
         if not self._step_has_loss:
             self._skip_step(model, "loss", total, *self._who_has(not math.isfinite(loss)))
-            self._window.add_lost()
+            self.window.add_lost()
             return torch.zeros((), device=self.args.device)  # left out of the mean that is logged, see LogWindow
         self.ranks.sum_gradients(model.parameters())
-        self._window.add(batch, correct, int(unique), time.perf_counter() - started)
+        self.window.add(batch, correct, int(unique), time.perf_counter() - started)
         return torch.tensor(total, device=self.args.device)
-
-    def _forward_backward(self, model: nn.Module, batch: StepBatch) -> tuple[float, float]:
-        """(share of the step's mean loss, correct tokens) of this process's rows; their gradients are added up."""
-        if self.options.self_check and self.options.tree and (batch.packs or self.sharded) and not self._checked:
-            self._check_tree(model, batch)
-        model.train()
-        if self.sharded or not batch.rows:  # micro-steps of all ranks go together: one cannot lay its own out anew
-            return self._backward_parts(model, batch)
-        collator: StepCollator = cast(Any, self.data_collator)
-        batch = self.guard.fitting(batch, collator, model)
-        while True:
-            try:
-                with self.guard.limited():
-                    return self._backward_parts(model, batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_allocation_failure(error):
-                    raise
-                failure = error.with_traceback(None)  # its frames hold the tensors that are in the way
-            model.zero_grad(set_to_none=True)  # a step is one call, so these are its own gradients
-            assert self._random_at_step is not None
-            set_random_state(self._random_at_step[1])
-            batch = self.guard.smaller(batch, collator, model, failure)
-
-    def _backward_parts(self, model: nn.Module, batch: StepBatch) -> tuple[float, float]:
-        loss = torch.zeros((), device=self.args.device)
-        correct = torch.zeros((), device=self.args.device)
-        for part in self._evenly(batch.packs or batch.parts):
-            if self.stop_signal is not None and not self.sharded:
-                break  # `settle` ends the step on all ranks
-            with self.compute_loss_context_manager():
-                output = self.part_loss(model, part)
-                part_mean = output.loss_sum / batch.weight_sum
-            self.accelerator.backward(part_mean)
-            loss += part_mean.detach()
-            correct += output.num_correct * (part is not self._empty)
-        return float(loss), float(correct)
-
-    def _evenly(self, parts: Sequence[Any]) -> Sequence[Any]:
-        """The parts of this rank's share, made up with empty ones to as many as any rank has.
-
-        Only with a sharded base: every rank must take part in gathering each layer, for the others' sake.
-        """
-        if not self.sharded:
-            return parts
-        return [*parts, *[self._empty] * (self.ranks.most(len(parts)) - len(parts))]
-
-    @cached_property
-    def _empty(self) -> Any:
-        """A part of one token that weighs nothing."""
-        ids = np.zeros(2, np.int32)
-        row = Encoded(ids, np.array([IGNORE_INDEX, 0], np.int32), np.zeros(2, np.float32), "", 0)
-        batch: StepBatch = cast(Any, self.data_collator)([row])
-        return (batch.packs or batch.parts)[0]
 
     def _who_has(self, it: bool) -> tuple[str, str | None]:
         """The rows of the ranks for which `it` is true, and which ranks these are where there are several."""
@@ -285,24 +196,6 @@ class LoraTrainer(Trainer):
         told = self.ranks.exchange(self._batch.places() if it else None)
         where = [rank for rank, places in enumerate(told) if places is not None]
         return ", ".join(told[rank] for rank in where), f"rank {', '.join(map(str, where))}"
-
-    def _check_tree(self, model: nn.Module, batch: StepBatch) -> None:
-        """Compute a few rows of the first step plainly too, and stop where the tree does not agree."""
-        rows = batch.rows
-        if self.sharded:  # all ranks compute the same
-            rows = tuple(self.train_dataset[i] for i in next(iter(self._train_sampler())))
-        checked = rows_to_check(rows)
-        check = self_check(model, checked, self.pad_id, attention=self.attention)
-        self._checked = True
-        self.guard.after_self_check()
-        if not check.ok:
-            raise TrainingError(
-                "the prompt tree does not agree with plain rows on this model",
-                where=f"rows {', '.join(f'{row.file}:{row.line}' for row in checked)}",
-                details=[str(check)],
-                todo="Train with --tree off, and report it: this must not happen (--self_check off skips it).",
-            )
-        self.notice(f"self-check on {len(checked)} rows: {check}")
 
     def part_loss(self, model: nn.Module, part: Any) -> LossOutput:
         """Loss of one pack (the tree) or of one padded micro-batch (its plain twin)."""
@@ -329,7 +222,7 @@ class LoraTrainer(Trainer):
         A float16 scaler wants to see the bad gradient, and skips by itself. Raises TrainingError where the run stops.
         """
         self.nonfinite.met(what, value, self.state.global_step + 1, rows, self.keeper.newest(), where)
-        self._window.skipped += 1
+        self.window.skipped += 1
         if self.accelerator.scaler is None:
             model.zero_grad(set_to_none=True)
 
@@ -364,9 +257,9 @@ class LoraTrainer(Trainer):
     def get_train_dataloader(self) -> StepLoader:
         """One batch a step."""
         collator = replace(cast(Any, self.data_collator), rank=self.ranks.rank, world=self.ranks.world)
-        return self._loader(self.train_dataset, self._train_sampler(), collator)
+        return step_loader(self.train_dataset, self.train_sampler(), collator, self.args)
 
-    def _train_sampler(self) -> StepSampler | StepNumbers:
+    def train_sampler(self) -> StepSampler | StepNumbers:
         if isinstance(self.train_dataset, StreamedSteps):
             return StepNumbers(self.train_dataset)
         return StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=self._alike)
@@ -382,7 +275,7 @@ class LoraTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         size = self.args.per_device_eval_batch_size
         sampler = StepSampler(len(rows), size, 0, shuffle=False, rank=self.ranks.rank, world=self.ranks.world)
-        return self._loader(rows, sampler, self.data_collator)
+        return step_loader(rows, sampler, self.data_collator, self.args)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """As HF's, one step at a time. What a stream says beside its rows is heard here: bad rows, and its end."""
@@ -399,20 +292,6 @@ class LoraTrainer(Trainer):
 
     def _say_left_out(self, bad: Sequence[BadRow], step: int) -> None:
         self.notice(f"step {step}: {len(bad)} rows left out: {'; '.join(group_bad_rows(bad))}")
-
-    def _loader(self, rows: Any, sampler: StepSampler | StepNumbers, collator: Any) -> StepLoader:
-        workers = self.args.dataloader_num_workers
-        return StepLoader(
-            rows,
-            batch_sampler=sampler,
-            collate_fn=collator,
-            num_workers=workers,
-            # Its own generator: a loader draws a seed whenever its workers start, and dropout must not notice.
-            generator=torch.Generator().manual_seed(self.args.seed),
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            persistent_workers=workers > 0,  # starting them anew for each epoch costs seconds
-            multiprocessing_context=self.args.dataloader_multiprocessing_context or ("spawn" if workers else None),
-        )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
         """The step's divisor is in the batch itself."""
@@ -436,50 +315,18 @@ class LoraTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss, perplexity and token accuracy over all rows: sums only, through the code of training."""
-        model = self.model
-        was_training = model.training
-        model.eval()
-        sums, problem = [0.0] * 5, None
-        batches: Iterator[StepBatch] = iter(dataloader)
-        num_batches = self.ranks.most(len(dataloader)) if self.sharded else len(dataloader)
-        try:
-            with torch.no_grad():
-                for batch in (next(batches, NO_ROWS) for _ in range(num_batches)):
-                    if self.stop_signal is not None and not self.sharded:
-                        break
-                    for part in self._evenly(batch.packs or batch.parts):
-                        with self.compute_loss_context_manager():
-                            out = self.part_loss(model, part)
-                        if part is self._empty:
-                            continue
-                        found: tuple[Any, ...] = (out.loss_sum, out.weight_sum, out.num_supervised, out.num_correct, 0)
-                        sums = [total + float(value) for total, value in zip(sums, found, strict=True)]
-                    sums[-1] += len(batch.rows)
-        except Exception as error:
-            problem = error
-        sums = self.ranks.settle(sums, error=problem, stop_signal=self.stop_signal)
-        loss_sum, weight_sum, supervised, correct, rows = sums
-        model.train(was_training)
-        loss = loss_sum / weight_sum
-        metrics = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "token_accuracy": correct / supervised,
-            "supervised_tokens": int(supervised),
-        }
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=named, num_samples=int(rows))
+        """As `evaluate_rows` says; batches of all ranks together."""
+        return evaluate_rows(self, dataloader, metric_key_prefix)
 
     # ---- log, save, resume ---------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As HF's; a log of training also says tokens a second and token accuracy since the last one."""
         if "loss" in logs:
-            logs.update(self._window.report())
-            if self._window.lost:  # steps without a loss are left out of the mean, never counted as 0
-                self._window.mean_of_the_rest(logs)
-            self._window = LogWindow()
+            logs.update(self.window.report())
+            if self.window.lost:  # steps without a loss are left out of the mean, never counted as 0
+                self.window.mean_of_the_rest(logs)
+            self.window = LogWindow()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -524,38 +371,6 @@ class LoraTrainer(Trainer):
         # Stopped inside a step: go on with the random numbers that it began with. Inside an evaluation: with these.
         return self._write_checkpoint(before[1] if before is not None and before[0] == step else None)
 
-    def position(self) -> dict[str, int]:
-        """Where in the data the run is: seed, epoch, rows of that epoch that are consumed."""
-        sampler = self._train_sampler()
-        epoch, steps = divmod(self.state.global_step, len(sampler))
-        sampler.set_epoch(epoch)
-        return {"seed": self.args.seed, "epoch": epoch, "rows": sampler.rows_in(steps)}
-
-    def progress(self) -> dict[str, Any]:
-        """Position in the data and the log line in the making, which a checkpoint between two log lines must hold."""
-        return {
-            "position": self.position(),
-            "loss_sum": float(self._tr_loss),
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-            "window": self._window.to_dict(),
-            "memory": self.guard.state(),
-            "nonfinite": {"in_row": self.nonfinite.in_row, "total": self.nonfinite.total},
-        }
-
-    def set_progress(self, progress: Mapping[str, Any]) -> None:
-        """Go on with what `progress` gave. Raises CheckpointError where the rows would not go on where they stopped."""
-        if progress["position"] != self.position():
-            raise CheckpointError(f"it was saved at {progress['position']} of the rows, this is {self.position()}")
-        self._tr_loss.fill_(progress["loss_sum"])
-        self._total_loss_scalar = progress["total_loss"]
-        self._globalstep_last_logged = progress["last_logged"]
-        self._window = LogWindow(**progress["window"])
-        if progress.get("memory"):
-            self.guard.restore(progress["memory"], self.model)
-        self.nonfinite.in_row = progress["nonfinite"]["in_row"]
-        self.nonfinite.total = progress["nonfinite"]["total"]
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.keeper.load_adapter(self.model, Path(resume_from_checkpoint))
         self.keeper.run = run_of(Path(resume_from_checkpoint)) or self.keeper.run
@@ -592,6 +407,17 @@ class LoraTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.keeper.load_random(self, Path(checkpoint))
+
+
+def _one_batch_a_step(args: TrainingArguments, rows: int, dtype: torch.dtype) -> None:
+    """What HF's loop is told: a batch is a step of `rows` rows, and what we do ourselves is not done twice."""
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = rows, 1
+    args.save_total_limit = None  # our keeper counts: HF's may delete the newest checkpoint in favour of the best
+    args.logging_nan_inf_filter = False
+    args.restore_callback_states_from_checkpoint = True
+    args.remove_unused_columns = False
+    if args.bf16 and dtype == torch.bfloat16:
+        args.bf16 = False  # the base is bfloat16 already and the adapter stays float32: autocast would only add casts
 
 
 def _to_stderr(line: str) -> None:
