@@ -12,6 +12,7 @@ from test_equality import write_rows
 
 from espalier.training.run import train
 
+SHARDED = pytest.mark.parametrize("fsdp", [False, True], ids=["whole", "sharded"])
 FAULTS: dict[str, tuple[int, list[str]]] = {
     "error": (2, ["error: rank 1, rows.jsonl:7: the row cannot be used", "Mend it."]),
     # The step is planned again, smaller and smaller, until there is no smaller plan.
@@ -46,8 +47,18 @@ def test_one_rank_fails_and_all_stop(kind: str, rows: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out" / ".lock").exists()
 
 
-def test_a_lost_rank_ends_the_job_which_then_goes_on(rows: Path, tmp_path: Path) -> None:
-    options = settings(rows, tmp_path / "out", save_steps=4, lora_dropout=0.1)
+def test_one_rank_fails_where_others_wait_for_its_pieces(rows: Path, tmp_path: Path) -> None:
+    options = settings(rows, tmp_path / "out", fsdp=True, max_tokens_per_pack=48)
+    done = torchrun(tmp_path, [{"options": options, "fault": {"kind": "error", "rank": 1, "step": 3}}])
+    assert done.stdout.count("error: ") == 1, done.stdout
+    assert "error: rank 1, rows.jsonl:7: the row cannot be used" in done.stdout
+    assert exit_codes(done.stdout) == [2, 2], done.stdout
+    assert processes_of(tmp_path) == []
+
+
+@SHARDED
+def test_a_lost_rank_ends_the_job_which_then_goes_on(fsdp: bool, rows: Path, tmp_path: Path) -> None:
+    options = settings(rows, tmp_path / "out", save_steps=4, lora_dropout=0.1, fsdp=fsdp)
     started = time.monotonic()
     done = torchrun(tmp_path, [{"options": options, "fault": {"kind": "kill", "rank": 1, "step": 6}}], timeout=110)
     assert time.monotonic() - started < 100  # of which starting two processes may take half, where cores are few

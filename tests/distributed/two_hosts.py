@@ -94,7 +94,7 @@ class Job:
             command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"]
             command += ["--nnodes", "2", "--nproc_per_node", "1", "--local_addr", f"{SUBNET}.{number}"]
             command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{SUBNET}.1:29400", "--rdzv_id", "two-hosts"]
-            command += ["--rdzv_conf", f"is_host={int(number == 1)}", str(WORKER), str(runs)]
+            command += ["--rdzv_conf", f"is_host={int(number == 1)},read_timeout=10", str(WORKER), str(runs)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LINK}
             with open(self.folder / f"said-{number}", "wb") as said:
                 self.launchers.append(subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment))

@@ -22,8 +22,11 @@ def evaluate_rows(trainer: LoraTrainer, batches: Any, prefix: str) -> EvalLoopOu
     model.eval()
     sums, problem = [0.0] * 5, None
     try:
-        sums = _sums(trainer, batches)
+        with trainer.ranks.gathering(trainer.sharded):
+            sums = _sums(trainer, batches)
     except Exception as error:  # the other ranks must hear of it
+        if trainer.sharded:
+            raise  # in vain: they wait for pieces of a layer
         problem = error
     sums = trainer.ranks.settle(sums, error=problem, stop_signal=trainer.stop_signal)
     loss_sum, weight_sum, supervised, correct, rows = sums

@@ -62,6 +62,8 @@ class Ranks:
         self.hint: Callable[[], str] = lambda: ""
         self._watch = watch
         self._count = 0
+        if watch is not None:
+            watch.print_failure = self._print_failure
 
     @property
     def leads(self) -> bool:
@@ -162,6 +164,19 @@ class Ranks:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
+    @contextmanager
+    def gathering(self, sharded: bool = True) -> Iterator[None]:
+        """Around a computation on a sharded base: a rank that waits for a piece cannot hear that another has failed,
+        and has nothing to finish, so it is ended at once (Watch)."""
+        if self._watch is None or not sharded:
+            yield
+            return
+        self._watch.is_gathering = True
+        try:
+            yield
+        finally:
+            self._watch.is_gathering = False
+
     def send_from_0(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give every rank rank 0's values: a start that is computed (PiSSA) may differ in the last bit by hardware."""
         if self._watch is None:
@@ -244,14 +259,26 @@ class Ranks:
         _hang_up()  # a rank that waits for this one in an all-reduce must not
         result = _as_error(failure)
         if watch.speaks(failure):
-            hint = self.hint() if failure["rank"] is None else ""  # a rank is lost: nothing is wrong with the run
-            result.todo = "\n  ".join(text for text in (result.todo, hint) if text) or None
-            watch.said()
+            self._add_hint(result, failure)
+            watch.said(failure)
         else:
             result.told_elsewhere = True
             watch.wait_for_speaker(failure, GRACE_SECONDS)
         watch.close()
         return result
+
+    def _add_hint(self, result: EspalierError, failure: dict[str, Any]) -> None:
+        # A rank is lost: nothing is wrong with the run. Without the store the network is gone, and the run's folder
+        # may be on it.
+        hint = self.hint() if failure["rank"] is None and not failure.get("no_store") else ""
+        result.todo = "\n  ".join(text for text in (result.todo, hint) if text) or None
+
+    def _print_failure(self, failure: dict[str, Any]) -> None:
+        import sys
+
+        result = _as_error(failure)
+        self._add_hint(result, failure)
+        print(f"error: {result}", file=sys.stderr, flush=True)
 
 
 def join(*, use_cpu: bool = False) -> Ranks:
@@ -279,13 +306,7 @@ def join(*, use_cpu: bool = False) -> Ranks:
         atexit.register(_hang_up)
     global _joined
     _joined += 1
-    return Ranks(here, Watch(here, f"espalier/{here.restarts}/{_joined}", GRACE_SECONDS, _print_failure))
-
-
-def _print_failure(failure: dict[str, Any]) -> None:
-    import sys
-
-    print(f"error: {_as_error(failure)}", file=sys.stderr, flush=True)
+    return Ranks(here, Watch(here, f"espalier/{here.restarts}/{_joined}", GRACE_SECONDS))
 
 
 def _ignore_sigterm() -> None:

@@ -174,8 +174,11 @@ class LoraTrainer(Trainer):
         started = time.perf_counter()
         loss, correct, problem = 0.0, 0.0, None
         try:
-            loss, correct = self.micro_steps.run(model, batch, self._random_at_step[1])
+            with self.ranks.gathering(self.sharded):
+                loss, correct = self.micro_steps.run(model, batch, self._random_at_step[1])
         except Exception as error:  # the other ranks must hear of it, and wait for this one's numbers
+            if self.sharded:
+                raise  # in vain: they wait for pieces of a layer
             problem = error
         sums = (loss, correct, batch.unique_tokens)
         total, correct, unique = self.ranks.settle(sums, error=problem, stop_signal=self.stop_signal)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import PrefixStore
@@ -36,20 +36,25 @@ class Watch:
     """A thread that looks after this rank's share: its own sign of life, the next rank's, and the failure of any.
 
     The ring of neighbours keeps the work of a thousand ranks small: a rank that is lost is missed by the one before it.
+    A second thread looks after the first: where the network is gone, an answer of the store may be waited for in vain.
     store: for the main thread; the watching thread has a connection of its own, since a wait locks a connection.
     prefix: of all names in the store. failure: what a rank has failed with, once it is known here. print_failure: for
-    a main thread that cannot.
+    a main thread that cannot. is_gathering: set by a main thread that waits for pieces of the base, and hears nothing.
     """
 
-    def __init__(self, place: Place, prefix: str, grace_seconds: float, print_failure: Callable[[Failure], None]):
+    def __init__(self, place: Place, prefix: str, grace_seconds: float):
         self.rank, self.local_rank, self.world = place.rank, place.local_rank, place.world
         self.failure: Failure | None = None
         self.is_ending = threading.Event()
-        self._grace, self._print = grace_seconds, print_failure
+        self.is_gathering = False
+        self.print_failure: Callable[[Failure], None] = lambda failure: None
+        self._grace = grace_seconds
         self.store, self._own = _stores(prefix)
         self._closed = threading.Event()
+        self._reached = time.monotonic()  # when the store answered last
         self._thread = threading.Thread(target=self._run, name="espalier-watch", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._mind_store, name="espalier-store", daemon=True).start()
 
     def post(self, failure: Failure) -> None:
         """Say that this rank has failed. The first of all is kept, and is `failure` from now on."""
@@ -62,13 +67,18 @@ class Watch:
             return self.local_rank == 0
         return self.rank == min(rank for rank in range(self.world) if rank not in failure["lost"])
 
-    def said(self) -> None:
+    def said(self, failure: Failure) -> None:
         """This rank prints the message, and minds no SIGTERM any more."""
+        if failure.get("no_store"):
+            return
         with suppress(Exception):
             self.store.set("said", "1")
 
     def wait_for_speaker(self, failure: Failure, grace_seconds: float) -> None:
         """A launcher ends all ranks as soon as one ends: not before the one that speaks is ready for that."""
+        if failure.get("no_store"):
+            time.sleep(BEAT_SECONDS)
+            return
         until = time.monotonic() + grace_seconds + 5
         with suppress(Exception):
             while not self.store.check(["said"]) and time.monotonic() < until:
@@ -96,7 +106,6 @@ class Watch:
 
     def _run(self) -> None:
         neighbour, last, since, number = (self.rank + 1) % self.world, b"", time.monotonic(), 0
-        reached = time.monotonic()
         while not self._closed.wait(BEAT_SECONDS):
             number += 1
             try:
@@ -104,11 +113,9 @@ class Watch:
                 beat = self._own.get(f"beat/{neighbour}") if self._own.check([f"beat/{neighbour}"]) else b""
                 if self.failure is None and self._own.check(["failure"]):
                     self.failure = json.loads(self._own.get("failure"))
-                reached = time.monotonic()
-            except Exception as error:
-                if self.is_ending.is_set() or time.monotonic() - reached < LOST_SECONDS / 2:
-                    continue
-                self.failure = {**_lost(f"the launcher's store does not answer: {error}", []), "no_store": True}
+                self._reached = time.monotonic()
+            except Exception:
+                continue  # `_mind_store` counts the seconds
             if beat != last or self.is_ending.is_set():
                 last, since = beat, time.monotonic()
             elif self.failure is None and time.monotonic() - since > LOST_SECONDS:
@@ -119,16 +126,26 @@ class Watch:
                 self._end_by_force()
                 return
 
+    def _mind_store(self) -> None:
+        """End this process where the store gives no answer: the first thread, and the main one, may wait for ever."""
+        while not self._closed.wait(BEAT_SECONDS):
+            if time.monotonic() - self._reached > LOST_SECONDS:
+                said = f"the launcher's store has not answered for {LOST_SECONDS:.0f} seconds"
+                self._exit({**_lost(said, []), "no_store": True})
+
     def _end_by_force(self) -> None:
         """The main thread hears of the failure by itself, unless it waits for a rank that will never answer."""
         failure, until = self.failure, time.monotonic() + self._grace
         assert failure is not None
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self.is_gathering:
             if self._closed.wait(0.1) or self.is_ending.is_set():
                 return
+        self._exit(failure)
+
+    def _exit(self, failure: Failure) -> NoReturn:
         if self.speaks(failure):
-            self._print(failure)
-            self.said()
+            self.print_failure(failure)
+            self.said(failure)
         else:
             self.wait_for_speaker(failure, 0)
         os._exit(failure["exit_code"])
