@@ -14,7 +14,7 @@ from espalier.config import RunConfig, options
 from espalier.errors import EspalierError, UsageError
 from espalier.flags import parse_flags
 from espalier.runfile import build_config
-from espalier.training.arguments import REFUSED, refused_options, training_arguments
+from espalier.training.arguments import REFUSED, check_trackers, refused_options, training_arguments
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -108,6 +108,22 @@ def test_wrong_values_are_told_together() -> None:
         (["--continue_training"], "--continue_training needs --checkpoint: the adapter folder to start from"),
         (["--fp16", "--bf16"], "--bf16, --fp16 and --fp32 exclude each other"),
         (["--lora_rank", "0"], "--lora_rank: 0 is not 1 or more"),
+        (["--learning_rate", "nan"], "--learning_rate: 'nan' is not a finite number"),
+        (["--lora_alpha", "inf"], "--lora_alpha: 'inf' is not a finite number"),
+        (["--num_train_epochs=-inf"], "--num_train_epochs: '-inf' is not a finite number"),
+        (["--logging_steps", "0"], "--logging_steps: 0.0 is not above 0"),
+        (["--save_steps", "-1"], "--save_steps: -1.0 is not above 0"),
+        (["--weight_decay", "-1"], "--weight_decay: -1.0 is not 0 or more"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm: -1.0 is not 0 or more"),
+        (["--warmup_steps", "-1"], "--warmup_steps: -1.0 is not 0 or more"),
+        (["--seed", "-1"], "--seed: -1 is not 0 or more"),
+        (["--seed", "4294967296"], "--seed: 4294967296 is above 4294967295"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers: -1 is not 0 or more"),
+        (["--num_encode_workers", "0"], "--num_encode_workers: 0 is not 1 or more"),
+        (["--min_shared_tokens", "0"], "--min_shared_tokens: 0 is not 1 or more"),
+        (["--layers_to_transform", "0", "-1"], "--layers_to_transform: -1 is not 0 or more"),
+        (["--init_lora_weights", "pisa"], "--init_lora_weights: 'pisa' is not one of true, false, gaussian, pissa,"),
+        (["--eval_fraction", "0.1", "--eval_steps", "5"], "--eval_steps changes nothing with --eval_strategy no"),
         (["--lora_dropout", "1"], "--lora_dropout: 1.0 is not at least 0 and below 1"),
         (["--load_best_model_at_end"], "--load_best_model_at_end needs held-out rows"),
         (["--skip_overlength", "--overlength", "split"], "--skip_overlength means --overlength drop"),
@@ -166,6 +182,30 @@ def test_every_training_argument_is_accepted_or_refused_with_a_reason() -> None:
     config = configured("--adam_beta2", "0.95", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--output_dir", "x")
     args = training_arguments(config)
     assert (args.adam_beta2, args.lr_scheduler_kwargs) == (0.95, {"num_cycles": 2})
+
+
+@pytest.mark.parametrize(
+    ("names", "details"),
+    [
+        (["wnadb", "none"], ["there is no tracker 'wnadb' (did you mean wandb?)"]),
+        (
+            ["comet_ml", "wandb"],
+            ["comet_ml is not installed: pip install comet-ml", "wandb is not installed: pip install wandb"],
+        ),
+    ],
+)
+def test_trackers_are_known_and_installed(
+    names: list[str], details: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(integration_utils, "is_comet_available", lambda: False)
+    with pytest.raises(UsageError, match="cannot be") as error:
+        check_trackers(configured("--report_to", *names))
+    assert list(error.value.details) == details
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    check_trackers(configured("--report_to", "wandb"))
 
 
 def test_transformers_own_refusal_is_ours() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -110,7 +112,9 @@ def _convert_one(value: Any, type_: Any) -> Any:
             raise ValueError("a number" if type_ is float else "a whole number") from None
         if type_ is int and not number.is_integer():
             raise ValueError("a whole number")
-        return type_(number)
+        if not math.isfinite(number):
+            raise ValueError("a finite number")
+        return type_(value) if type_ is int and str(value).strip("+-").isdigit() else type_(number)
     if type_ is str:
         if isinstance(value, (list, dict)):
             raise ValueError("one text")
@@ -184,43 +188,60 @@ def build_config(command_line: Mapping[str, Any], config_file: str | None = None
     return RunConfig(**own, training_arguments=further)
 
 
+# The smallest value of an option, and the options that must be above 0.
+_LEAST = {
+    **dict.fromkeys(("lora_rank", "per_device_train_batch_size", "gradient_accumulation_steps", "max_seq_length"), 1),
+    **dict.fromkeys(("max_tokens_per_pack", "min_shared_tokens", "num_encode_workers", "streaming_window"), 1),
+    **dict.fromkeys(("save_total_limit", "per_device_eval_batch_size", "early_stopping_patience"), 1),
+    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed"), 0),
+    **dict.fromkeys(("eval_samples", "dataloader_num_workers"), 0),
+}
+_ABOVE_0 = ("lora_alpha", "loraplus_lr_ratio", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+_LARGEST_SEED = 2**32 - 1  # numpy's
+
+
+def _out_of_range(config: RunConfig) -> list[str]:
+    problems = [
+        f"--{name}: {value} is not {least} or more"
+        for name, least in _LEAST.items()
+        if (value := getattr(config, name)) is not None and value < least
+    ]
+    problems += [
+        f"--{name}: {value} is not above 0"
+        for name in _ABOVE_0
+        if (value := getattr(config, name)) is not None and value <= 0
+    ]
+    problems += [
+        f"--{name}: {value} is not at least 0 and below 1"
+        for name in ("lora_dropout", "eval_fraction")
+        if not 0 <= (value := getattr(config, name)) < 1
+    ]
+    if config.seed > _LARGEST_SEED:
+        problems.append(f"--seed: {config.seed} is above {_LARGEST_SEED}")
+    if config.max_steps is not None and config.max_steps < 1 and config.max_steps != -1:
+        problems.append(f"--max_steps: {config.max_steps} is not 1 or more")
+    starts = ("true", "false", "gaussian", "pissa", "olora", "orthogonal")
+    start = config.init_lora_weights.lower()
+    if start not in starts and not re.fullmatch(r"pissa_niter_\d+", start):
+        words = ", ".join(starts)
+        problems.append(
+            f"--init_lora_weights: {start!r} is not one of {words}, pissa_niter_<steps>{nearest(start, starts)}"
+        )
+    problems += [f"--layers_to_transform: {n} is not 0 or more" for n in config.layers_to_transform if n < 0]
+    return problems
+
+
 def check_values(own: Mapping[str, Any]) -> list[str]:
     """Problems that need no file and no model: ranges, and options that exclude each other."""
     config = RunConfig(**own)
-    problems = []
-    for name in ("lora_rank", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(config, name) < 1:
-            problems.append(f"--{name}: {getattr(config, name)} is not 1 or more")
-    for name in (
-        "max_seq_length",
-        "max_tokens_per_pack",
-        "save_total_limit",
-        "per_device_eval_batch_size",
-        "early_stopping_patience",
-    ):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            problems.append(f"--{name}: {getattr(config, name)} is not 1 or more")
-    if config.max_steps is not None and config.max_steps < 1 and config.max_steps != -1:
-        problems.append(f"--max_steps: {config.max_steps} is not 1 or more")
-    if not 0 <= config.lora_dropout < 1:
-        problems.append(f"--lora_dropout: {config.lora_dropout} is not at least 0 and below 1")
-    if not 0 <= config.eval_fraction < 1:
-        problems.append(f"--eval_fraction: {config.eval_fraction} is not at least 0 and below 1")
-    if config.eval_samples < 0:
-        problems.append(f"--eval_samples: {config.eval_samples} is below 0")
+    problems = _out_of_range(config)
     if config.probe_prompts is not None and (config.eval_strategy == "no" or config.eval_samples == 0):
         why = (
             "--eval_samples 0 asks for none" if config.eval_strategy != "no" else "nothing is evaluated during training"
         )
         problems.append(f"--probe_prompts changes nothing: {why}")
-    if config.lora_alpha <= 0:
-        problems.append(f"--lora_alpha: {config.lora_alpha} is not above 0")
-    if config.learning_rate < 0:
-        problems.append(f"--learning_rate: {config.learning_rate} is below 0")
-    if config.loraplus_lr_ratio is not None and config.loraplus_lr_ratio <= 0:
-        problems.append(f"--loraplus_lr_ratio: {config.loraplus_lr_ratio} is not above 0")
-    if config.num_train_epochs is not None and config.num_train_epochs <= 0:
-        problems.append(f"--num_train_epochs: {config.num_train_epochs} is not above 0")
+    if config.eval_steps is not None and config.eval_strategy != "steps":
+        problems.append(f"--eval_steps changes nothing with --eval_strategy {config.eval_strategy}: give steps")
     if sum((config.bf16, config.fp16, config.fp32)) > 1:
         problems.append("--bf16, --fp16 and --fp32 exclude each other: give one, or none to let the hardware decide")
     if config.continue_training and config.checkpoint is None:

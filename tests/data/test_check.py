@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from espalier.data.formats import FormatOptions
 from espalier.data.keys import key, prompt_text
 from espalier.data.report import print_report, safe_console, visible
 from espalier.data.rows import Example
-from espalier.errors import DataError
+from espalier.errors import DataError, UsageError
 
 
 def write(path: Path, *rows: dict[str, object] | str) -> str:
@@ -183,3 +184,24 @@ def test_keys_do_not_mix_texts_up() -> None:
     assert prompt_text(Example((), (), text="<s>Human: q</s><s>Assistant: a")) == "<s>Human: q</s><s>Assistant:"
     with_tools = Example(({"role": "user", "content": "a"},), (False,), tools=({"name": "t"},))
     assert prompt_text(with_tools) != prompt("a")
+
+
+def test_no_output_takes_the_place_of_an_input(tmp_path: Path) -> None:
+    """An output may not be a file that is read, by whatever name, nor the other output."""
+    file = write(tmp_path / "a.jsonl", pair("q1", "a"), pair("q2", ""))
+    heldout = write(tmp_path / "held.jsonl", pair("q3", "a"))
+    (tmp_path / "link.jsonl").symlink_to(file)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    read_here = "this file is read here, and would be overwritten"
+    for options, words in (
+        ({"fix": file}, f"--fix {file}: {read_here}"),
+        ({"rejects": heldout}, f"--rejects {heldout}: {read_here}"),
+        ({"fix": str(tmp_path / "link.jsonl")}, read_here),
+        ({"rejects": str(tmp_path / "." / "a.jsonl")}, read_here),
+        ({"fix": "out.jsonl", "rejects": "./out.jsonl"}, "--rejects out.jsonl: --fix is the same file"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(words)):
+            check_files([str(tmp_path / "a*.jsonl")], heldout=[heldout], **options)
+    with pytest.raises(DataError, match="this is a folder"):
+        check_files([file], fix=str(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -167,9 +167,10 @@ def test_b14_no_max_length(cases: Path, smollm2: Any) -> None:
         max_position_embeddings = 8192
 
     limit, why = length_limit(None, smollm2, Config())
-    assert (limit, why) == (8192, "8192 tokens: the model's max_position_embeddings")
-    assert length_limit(512, smollm2, Config()) == (512, "512 tokens: as asked")
-    assert length_limit(10_000, smollm2, Config())[0] == 8192
+    assert (limit, why) == (8192, "the model's max_position_embeddings")
+    assert length_limit(512, smollm2, Config()) == (512, "as asked")
+    asked_too_much = "the model's max_position_embeddings; you asked for 10,000"
+    assert length_limit(10_000, smollm2, Config()) == (8192, asked_too_much)
     encoder = encoder_for(smollm2, max_length=limit)
     path = str(cases / "B14_no_max_length" / "train.jsonl")
     result = encode_files([path], encoder, num_workers=0)

@@ -127,7 +127,7 @@ def test_text_rows_are_left_out_whole(tokenizer: Any) -> None:
 
 
 def test_limit_below_one_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(UsageError, match="max_length is 0"):
+    with pytest.raises(UsageError, match="0 is not 1 or more"):
         length_limit(0, tokenizer)
     assert length_limit(None, tokenizer) == (None, "no limit: neither you, the model nor the tokenizer names one")
 

@@ -73,7 +73,7 @@ def test_probe_prompts_of_one_s_own(rows: Path, tiny_llama_dir: Path, tmp_path: 
 def test_refusals(rows: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         run(tiny_llama_dir, rows, tmp_path / "out", probe_prompts="p.txt", eval_samples=-1)
-    assert "--eval_samples: -1 is below 0" in str(caught.value)
+    assert "--eval_samples: -1 is not 0 or more" in str(caught.value)
     assert "--probe_prompts changes nothing: nothing is evaluated during training" in str(caught.value)
     with pytest.raises(DataError, match="cannot be read"):
         run(tiny_llama_dir, rows, tmp_path / "out", probe_prompts=str(tmp_path / "none.txt"), **EVALUATED)

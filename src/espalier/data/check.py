@@ -16,7 +16,7 @@ import numpy.typing as npt
 from espalier.data.contents import Contents
 from espalier.data.formats import Example, FormatOptions, check_options, iter_pairs
 from espalier.data.keys import key, prompt_text, row_text
-from espalier.data.output import LinesFile, kept_line, reject_line
+from espalier.data.output import LinesFile, check_outputs, kept_line, reject_line
 from espalier.data.read import read_rows
 from espalier.data.rows import MAX_RAW_CHARS, BadRow, RawRow
 from espalier.data.source import expand
@@ -282,12 +282,14 @@ def check_files(
     fix, rejects: where to write the kept rows of `files` and all left-out rows; written whole or not at all.
     keep_left_out: how many left-out rows the report lists; None for all (memory grows with them).
 
-    Raises DataError for names that are no file, UsageError for wrong options; a file that cannot be read is an error in
+    Raises DataError for names that are no file and outputs that cannot be written, UsageError for wrong options and for
+    outputs that are inputs; a file that cannot be read is an error in
     the report, and the other files are checked.
     """
     options = options or FormatOptions()
     check_options(options)
     names, heldout_names = expand(files), expand(heldout) if heldout else []
+    check_outputs({"--fix": fix, "--rejects": rejects}, names + heldout_names)
     check = _Check(options, tokens, keep_left_out)
     outputs = [LinesFile(path) if path else None for path in (fix, rejects)]
     try:

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from espalier.data.formats import Example, FormatOptions
 from espalier.data.rows import BadRow, RawRow
-from espalier.errors import DataError
+from espalier.errors import DataError, UsageError
 
 _LINE_BREAKS = re.compile(r"\s*[\r\n]\s*")
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str]) -> None:
+    """Find out before the work whether the files named by options can be written; by option: the file, or None.
+
+    Raises UsageError for one that is among the inputs (names or globs), or that two options name, DataError for a
+    folder and for one whose folder is not there or may not be written to.
+    """
+    given = {option: Path(name) for option, name in outputs.items() if name}
+    read = [path for name in inputs for path in ([name] if os.path.exists(name) else glob.glob(name, recursive=True))]
+    for number, (option, path) in enumerate(given.items()):
+        where = f"{option} {path}"
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            what = "this is a folder" if path.is_dir() else "its folder is not there or cannot be written to"
+            raise DataError(what, where=where, todo="Name another file.")
+        if path.exists() and any(path.samefile(name) for name in read):
+            raise UsageError("this file is read here, and would be overwritten", where=where, todo="Name another file.")
+        for other in list(given)[:number]:
+            if path.resolve() == given[other].resolve():
+                raise UsageError(f"{other} is the same file", where=where, todo="Name another file.")
 
 
 class LinesFile:

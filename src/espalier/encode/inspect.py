@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.data.formats import Example, FormatOptions, iter_examples
+from espalier.data.output import check_outputs
 from espalier.data.read import BadRow
 from espalier.encode.encode import Encoder
 from espalier.encode.inspect_html import page
@@ -120,6 +121,7 @@ def run_inspect(
     Exit code 0, or 2 where a row asked for cannot be trained. console: a rich Console for all that is not JSON; where
     as_json is set, give one that writes to standard error. Raises DataError, UsageError.
     """
+    check_outputs({"--html": html}, files)
     items = iter_examples(files, format_options)
     all_rows = as_json and html is None and row is None and line is None and random_rows is None
     if console is None:

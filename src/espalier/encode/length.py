@@ -20,12 +20,12 @@ _PLACEHOLDER = 10**9  # transformers writes 1e30 where a tokenizer knows no limi
 
 
 def length_limit(user: int | None, tokenizer: Any, model_config: Any = None) -> tuple[int | None, str]:
-    """(longest row in tokens or None, the reason): the smallest of the user's, the model's, the tokenizer's limit.
+    """(longest row in tokens or None, whose limit that is): the smallest of the user's, the model's, the tokenizer's.
 
     Raises UsageError for a user's limit below 1.
     """
     if user is not None and user < 1:
-        raise UsageError(f"max_length is {user}", todo="Give a number of tokens above 0, or leave it out.")
+        raise UsageError(f"{user} is not 1 or more", where="--max_seq_length")
     inner = getattr(model_config, "text_config", None) or model_config
     model = getattr(inner, "max_position_embeddings", None)
     own = getattr(tokenizer, "model_max_length", None)
@@ -39,8 +39,8 @@ def length_limit(user: int | None, tokenizer: Any, model_config: Any = None) -> 
         return None, "no limit: neither you, the model nor the tokenizer names one"
     limit, whose = min(known, key=lambda pair: pair[0])
     if user is not None and limit < user:
-        return limit, f"{limit} tokens: {whose} (you asked for {user})"
-    return limit, f"{limit} tokens: {whose}"
+        return limit, f"{whose}; you asked for {user:,}"
+    return limit, whose
 
 
 @dataclass(frozen=True, slots=True)

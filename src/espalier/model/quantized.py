@@ -52,7 +52,7 @@ def check_quantization(config: RunConfig, model_config: Any) -> Kind | None:
     if config.init_lora_weights.lower().startswith(_STARTS_FROM_BASE):
         problems.append(f"--init_lora_weights {config.init_lora_weights}: it is computed from unpacked weights")
     if problems:
-        raise UsageError("these options do not go with a quantised base", details=problems, todo="Change them.")
+        raise UsageError("these options do not go with a quantised base", details=problems)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("bitsandbytes is not installed", where=flag, todo=INSTALL)
     return None if stored else "nf4" if config.load_in_4bit else "int8"

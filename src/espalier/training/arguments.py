@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from espalier.config import RunConfig
 from espalier.errors import UsageError
 from espalier.model.quantized import INSTALL
+from espalier.runfile import nearest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -140,6 +141,27 @@ def check_optimizer(config: RunConfig) -> None:
             where=f"--optim {config.optim}",
             todo=f"Use {'adamw_bnb_8bit' if '8bit' in parts else 'adamw_torch_fused'}.",
         )
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raise UsageError for a name in --report_to that transformers does not know, or whose package is not installed."""
+    names = [name for name in config.report_to if name not in ("none", "all")]
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    problems = []
+    for name in names:
+        asks = (f"is_{spelt}_available" for spelt in (name, name.replace("_", ""), name.removesuffix("_ml")))
+        installed = next((ask for it in asks if (ask := getattr(integration_utils, it, None)) is not None), None)
+        if name not in known:
+            problems.append(f"there is no tracker {name!r}{nearest(name, known)}")
+        elif installed is not None and not installed():
+            problems.append(f"{name} is not installed: pip install {name.replace('_', '-')}")
+    if problems:
+        todo = f"There are none, all (that are installed), {', '.join(known)}."
+        raise UsageError("what should be reported to cannot be", where="--report_to", details=problems, todo=todo)
 
 
 def training_arguments(config: RunConfig, *, fp16_scaler: bool = False, on_cpu: bool = False) -> TrainingArguments:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from espalier.config import RunConfig
 from espalier.data.formats import FormatOptions, bad_rows_error, group_bad_rows
 from espalier.data.rows import BadRow
+from espalier.data.source import expand
 from espalier.encode.encode import Encoder
 from espalier.encode.length import length_limit
 from espalier.encode.stops import check_vocabulary, generation_stop_ids
@@ -29,7 +30,7 @@ from espalier.model.load import ModelPath, check_causal_lm, load_config, load_to
 from espalier.model.lora import check_targets, empty_model, num_embedding_rows
 from espalier.model.quantized import Kind, check_quantization
 from espalier.model.shard import check_settings
-from espalier.training.arguments import check_optimizer, refused_options
+from espalier.training.arguments import check_optimizer, check_trackers, refused_options
 from espalier.training.ranks import place
 from espalier.training.samples import Probe, probes_of
 from espalier.training.streaming import StreamedSteps, rows_that_stop, stream_digest
@@ -72,8 +73,10 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
     if refused:
         raise UsageError("options that this tool cannot honour", details=refused, todo="Leave them out.")
     check_optimizer(config)
+    check_trackers(config)
     if not config.dataset_path:
         raise UsageError("no rows to train on", where="--dataset_path", todo="Give one or more data files.")
+    expand(config.dataset_path + config.eval_dataset_path)  # names that are no file are told at once, all of them
     fsdp_settings(config)
     if "-" in config.dataset_path + config.eval_dataset_path and place().world > 1:
         raise UsageError(
@@ -242,7 +245,7 @@ def streamed_rows(config: RunConfig, encoder: Encoder, limit_reason: str, say: H
     if "-" in config.dataset_path and config.resume_from_checkpoint:
         problems.append("--dataset_path -: standard input cannot be read again to the row where the run stopped")
     if problems:
-        raise UsageError("these options do not go with --streaming", details=problems, todo="Change them.")
+        raise UsageError("these options do not go with --streaming", details=problems)
     assert config.max_steps is not None
     steps = StreamedSteps(
         config.dataset_path,

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from espalier.config import RunConfig
+from espalier.data.output import check_outputs
 from espalier.data.rows import silent
 from espalier.encode.dataset import EncodedDataset
 from espalier.errors import DataError, ModelError, UsageError
@@ -276,7 +277,7 @@ def run_evaluate(
     from espalier.model.embedded import quiet_transformers
     from espalier.training.report import Header
     from espalier.use.evaluate_html import page
-    from espalier.use.evaluate_report import check_writable_file, print_json, print_tables, write_page
+    from espalier.use.evaluate_report import print_json, print_tables, write_page
 
     wrong = []
     if max_new_tokens is not None and max_new_tokens < 1:
@@ -285,15 +286,17 @@ def run_evaluate(
         wrong.append(f"--max_new_tokens {max_new_tokens}: changes nothing without --generate")
     if draws < 100:
         wrong.append(f"--draws {draws}: must be 100 or more for an interval")
+    if seed < 0:
+        wrong.append(f"--seed {seed}: must be 0 or more")
     if wrong:
-        raise UsageError("these options cannot be used", details=wrong, todo="Change them.")
-    if html is not None:
-        check_writable_file(html)
+        raise UsageError("these options cannot be used", details=wrong)
+    check_outputs({"--html": html}, files)
     say = Header(Console(stderr=True, highlight=False))
     with quiet_transformers():
         evaluation = open_evaluation(
             adapter, files, say=say, model_path=model_path, trust_remote_code=trust_remote_code, **settings
         )
+        check_outputs({"--html": html}, evaluation.config.dataset_path + evaluation.config.eval_dataset_path)
         result = evaluate(
             evaluation,
             say=say,

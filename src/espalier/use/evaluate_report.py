@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -193,14 +192,6 @@ def _in_words(metric: Comparison) -> Text:
 
 def _cut_off(side: Side) -> int:
     return sum(not answer.stopped for answer in side.answers)
-
-
-def check_writable_file(name: str) -> None:
-    """Raise DataError where no file of this name can be written: found out before the work."""
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        what = "this is a folder" if path.is_dir() else "its folder is not there or cannot be written to"
-        raise DataError(what, where=name, todo="Name another file.")
 
 
 def write_page(name: str, text: str) -> None:
