@@ -13,7 +13,7 @@ from espalier.cli import app, main
 from espalier.config import RunConfig, options
 from espalier.errors import EspalierError, UsageError
 from espalier.flags import parse_flags
-from espalier.runfile import build_config
+from espalier.runfile import _ELSEWHERE, build_config
 from espalier.training.arguments import REFUSED, check_trackers, refused_options, training_arguments
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -248,6 +248,55 @@ def test_bad_input_exits_2_without_traceback_and_leaves_nothing(
         assert "Traceback" not in said.err + said.out
         assert not (tmp_path / "out").exists(), argv
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["note.txt"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], "espalier: No such command 'trian'. Did you mean 'train'?"),
+        (["check"], "espalier check: Missing argument 'FILE'"),
+        (["verify", "--adapter", "runs/a"], "espalier verify: No such option: --adapter"),
+        (["verify", "--adapter", "runs/a"], "Usage: espalier verify [OPTIONS] PATH; `espalier verify --help` lists"),
+        (["chat", "hello"], "espalier chat: Missing option '--adapter'"),
+        (
+            ["merge", "--adapter", "a", "--output_dir", "b", "--dtype", "f8"],
+            "espalier merge: Invalid value for '--dtype'",
+        ),
+        (["inspect", "a.jsonl", "--row", "one"], "espalier inspect: Invalid value for '--row'"),
+    ],
+)
+def test_usage_errors_look_like_all_errors(
+    argv: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["espalier", *argv])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert (end.value.code, said.out) == (2, "")
+    assert said.err.startswith("error: espalier")
+    assert words in said.err
+
+
+def test_names_of_other_tools_lead_to_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = error_of("--lr", "1", "--batch_size", "2", "--epochs", "3", "--model_name_or_path", "m", "--dataset", "d")
+    found = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "model_path", "dataset_path")
+    assert [f"(did you mean {name}?)" in text for name in found] == [True] * 5
+    assert not set(_ELSEWHERE.values()) - {f.name for f in options()}
+    assert not set(_ELSEWHERE) & {f.name for f in options()}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").write_text("")
+    assert "'my.jsonl': no option takes this; rows are given as --dataset_path my.jsonl" in error_of("my.jsonl")
+
+
+def test_readme_lists_every_command_in_the_order_of_the_help() -> None:
+    """In its block of command lines, each with its own first line where there are several."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    block = readme.split("## Use it")[1].split("Rows may be")[0]
+    shown = [line.split()[1] for line in block.splitlines() if line.startswith("    espalier ")]
+    assert list(dict.fromkeys(shown)) == [command.name for command in app.registered_commands]
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert (command.callback.__doc__ or "").strip()
 
 
 def test_error_text_has_what_where_and_what_to_do() -> None:

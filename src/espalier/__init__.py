@@ -6,9 +6,13 @@ The public names, imported when they are first used, so that `import espalier` c
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# PEFT and transformers import bitsandbytes where it is installed, and that says which kernels it has not got.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _PLACES = {
     "EspalierError": "espalier.errors",

@@ -12,7 +12,9 @@ import typer
 from espalier import __version__
 from espalier.command_options import (
     AdapterOption,
+    BaseOption,
     ColumnsOption,
+    Commands,
     CpuOption,
     EncodingOption,
     Files,
@@ -24,6 +26,7 @@ from espalier.command_options import (
     OverlengthOption,
     SentenceOption,
     TemplateOption,
+    TrainedTemplateOption,
     TrainOnOption,
     TreeOption,
     TrustOption,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="espalier",
+    cls=Commands,
     help="LoRA fine-tuning that never computes a prompt twice: from a JSONL file to an adapter.",
     no_args_is_help=True,
     add_completion=False,
@@ -68,56 +72,20 @@ def _root(
     pass
 
 
-@app.command("train", context_settings=RAW)
-def train_command(context: typer.Context) -> None:
-    """Train a LoRA adapter. `espalier train --help` lists the options."""
-    from espalier.flags import parse_flags, print_train_help
+@app.command("demo")
+def demo_command(
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Folder of the run; else a new runs/demo.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume_from_checkpoint", help="Go on with a stopped demo: last, or a folder.")
+    ] = None,
+    tree: TreeOption = "on",
+) -> None:
+    """Train the default model on the example rows, and show what changed on rows that it has not seen."""
+    from espalier.use.demo import run_demo
 
-    argv = list(context.args)
-    everything = any(token in ("--help-all", "--help_all") for token in argv)
-    if everything or not argv or any(token in ("-h", "--help") for token in argv):
-        from rich.console import Console
-
-        print_train_help(Console(), everything=everything)
-        raise typer.Exit(0 if argv else 2)
-    raw, config_file = parse_flags(argv)
-    from espalier.runfile import build_config
-
-    config = build_config(raw, config_file)
-    from espalier.training.run import train
-
-    train(config)
-
-
-@app.command("plan", context_settings=RAW)
-def plan_command(context: typer.Context) -> None:
-    """Memory and time of a run before it starts; takes train's options, --device "A10 24GB" and --json."""
-    from espalier.flags import parse_flags
-
-    argv = list(context.args)
-    if not argv or any(token in ("-h", "--help") for token in argv):
-        typer.echo(
-            "Usage: espalier plan --dataset_path FILE ... [options of train] [--config FILE]\n\n"
-            "Predicts the memory and time of a run from its config and rows; loads no weights, writes nothing.\n"
-            "Exit 0: it fits; 1: it does not.\n\n"
-            '  --device "NAME [SIZE]"  for a graphics card: A10, A100, "A100 40GB", "any 12GB"; else this machine\n'
-            "  --json                  one JSON object, bytes and seconds"
-        )
-        raise typer.Exit(0 if argv else 2)
-    as_json = "--json" in argv
-    argv = [token for token in argv if token != "--json"]
-    device = None
-    if "--device" in argv:
-        at = argv.index("--device")
-        if at + 1 == len(argv):
-            raise UsageError("--device takes a card's name", todo='As --device "A10 24GB".')
-        device = argv[at + 1]
-        del argv[at : at + 2]
-    raw, config_file = parse_flags(argv)
-    from espalier.runfile import build_config
-    from espalier.training.plan_command import run_plan
-
-    raise typer.Exit(run_plan(build_config(raw, config_file), device=device, as_json=as_json))
+    run_demo(output_dir, resume_from_checkpoint=resume, tree=tree)
 
 
 @app.command("check")
@@ -196,11 +164,71 @@ def inspect_command(
     raise typer.Exit(code)
 
 
+@app.command("plan", context_settings=RAW)
+def plan_command(context: typer.Context) -> None:
+    """Memory and time of a run before it starts; takes train's options, --device "A10 24GB" and --json."""
+    from espalier.flags import parse_flags
+
+    argv = list(context.args)
+    if not argv or any(token in ("-h", "--help") for token in argv):
+        typer.echo(
+            "Usage: espalier plan --dataset_path FILE ... [options of train] [--config FILE]\n\n"
+            "Predicts the memory and time of a run from its config and rows;\n"
+            "loads no weights, writes nothing. Exit 0: it fits; 1: it does not.\n\n"
+            '  --device "NAME [SIZE]"  for a graphics card: A10, "A100 40GB", "any 12GB";\n'
+            "                          else this machine\n"
+            "  --json                  one JSON object, bytes and seconds"
+        )
+        raise typer.Exit(0 if argv else 2)
+    as_json = "--json" in argv
+    argv = [part for token in argv if token != "--json" for part in _split(token)]
+    device = None
+    if "--device" in argv:
+        at = argv.index("--device")
+        if at + 1 == len(argv):
+            raise UsageError("--device takes a card's name", todo='As --device "A10 24GB".')
+        device = argv[at + 1]
+        del argv[at : at + 2]
+    raw, config_file = parse_flags(argv)
+    from espalier.runfile import build_config
+    from espalier.training.plan_command import run_plan
+
+    raise typer.Exit(run_plan(build_config(raw, config_file), device=device, as_json=as_json))
+
+
+def _split(token: str) -> list[str]:
+    """--device=A10 as two words."""
+    return token.split("=", 1) if token.startswith("--device=") else [token]
+
+
+@app.command("train", context_settings=RAW)
+def train_command(context: typer.Context) -> None:
+    """Train a LoRA adapter. `espalier train --help` lists the options."""
+    from espalier.flags import parse_flags, print_train_help
+
+    argv = list(context.args)
+    everything = any(token in ("--help-all", "--help_all") for token in argv)
+    if everything or not argv or any(token in ("-h", "--help") for token in argv):
+        from rich.console import Console
+
+        print_train_help(Console(), everything=everything)
+        raise typer.Exit(0 if argv else 2)
+    raw, config_file = parse_flags(argv)
+    from espalier.runfile import build_config
+
+    config = build_config(raw, config_file)
+    from espalier.training.run import train
+
+    train(config)
+
+
 @app.command("chat")
 def chat_command(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: from stdin, or a conversation.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts; none: from stdin, or a conversation.")
+    ] = None,
     adapter: AdapterOption = ...,  # type: ignore[assignment]
-    model_path: ModelOption = None,
+    model_path: BaseOption = None,
     prompts_file: Annotated[
         str | None, typer.Option("--prompts_file", help="One prompt a line, or JSONL rows.")
     ] = None,
@@ -212,7 +240,7 @@ def chat_command(
         float, typer.Option("--top_p", help="With a temperature: the likeliest tokens up to this sum.")
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
-    template: TemplateOption = None,
+    template: TrainedTemplateOption = None,
     use_cpu: CpuOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -245,7 +273,7 @@ def serve_command(
             "--adapter", help="Folder of an adapter, or name=folder; several share one base.", show_default=False
         ),
     ] = ...,  # type: ignore[assignment]
-    model_path: ModelOption = None,
+    model_path: BaseOption = None,
     host: Annotated[str, typer.Option("--host", help="Address to serve on.")] = ServeOptions.host,
     port: Annotated[int, typer.Option("--port", help="Port; 0: any that is free.")] = ServeOptions.port,
     api_key: Annotated[
@@ -260,7 +288,7 @@ def serve_command(
     max_new_tokens: Annotated[
         int, typer.Option("--max_new_tokens", help="Longest answer in tokens, whatever a request asks.")
     ] = ServeOptions.max_new_tokens,
-    template: TemplateOption = None,
+    template: TrainedTemplateOption = None,
     use_cpu: CpuOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -300,8 +328,8 @@ def evaluate_command(
     ] = None,
     draws: Annotated[int, typer.Option("--draws", help="Draws of the rows for the intervals.")] = 10_000,
     seed: Annotated[int, typer.Option("--seed", help="Seed of those draws.")] = 0,
-    model_path: ModelOption = None,
-    template: TemplateOption = None,
+    model_path: BaseOption = None,
+    template: TrainedTemplateOption = None,
     format: FormatOption = None,
     columns: ColumnsOption = None,
     encoding: EncodingOption = None,
@@ -339,62 +367,15 @@ def evaluate_command(
     raise typer.Exit(code)
 
 
-@app.command("demo")
-def demo_command(
-    output_dir: Annotated[
-        str | None, typer.Option("--output_dir", help="Folder of the run; else a new runs/demo.")
-    ] = None,
-    resume: Annotated[
-        str | None, typer.Option("--resume_from_checkpoint", help="Go on with a stopped demo: last, or a folder.")
-    ] = None,
-    tree: TreeOption = "on",
-) -> None:
-    """Train the default model on the example rows, and show what changed on rows that it has not seen."""
-    from espalier.use.demo import run_demo
-
-    run_demo(output_dir, resume_from_checkpoint=resume, tree=tree)
-
-
-@app.command("merge")
-def merge_command(
-    adapters: Annotated[
-        list[str], typer.Option("--adapter", help="Folder of the adapter; several with --weights.", show_default=False)
-    ] = ...,  # type: ignore[assignment]
-    output_dir: OutputOption = ...,  # type: ignore[assignment]
-    weights: Annotated[
-        str | None, typer.Option("--weights", help="Of several adapters, for their sum: 0.7,0.3.")
-    ] = None,
-    model_path: ModelOption = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option("--dtype", help="Of the weights written; else the base's own."),
-    ] = None,
-    format: Annotated[
-        Literal["folder", "gguf", "gguf-lora"],
-        typer.Option("--format", help="A folder for Transformers and vLLM; GGUF for llama.cpp; the adapter as GGUF."),
-    ] = "folder",
-    quantize: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"] | None,
-        typer.Option("--quantize", help="Of the matrices in a GGUF; else f16."),
-    ] = None,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Unpack a 4- or 8-bit base; else it is refused.")
-    ] = False,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Write base + adapter as one model, read it back, and compare it with base + adapter."""
-    from espalier.use.merge_command import run_merge
-
-    code = run_merge(adapters, weights, output_dir, model_path, dtype, format, quantize, trust_remote_code, dequantize)
-    raise typer.Exit(code)
-
-
 @app.command("verify")
 def verify_command(
     path: Annotated[
-        str, typer.Argument(help="Folder of an adapter or of a merged model, or a .gguf file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PATH", help="Folder of an adapter or of a merged model, or a .gguf file.", show_default=False
+        ),
     ],
-    model_path: ModelOption = None,
+    model_path: BaseOption = None,
     use_cpu: CpuOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
     trust_remote_code: TrustOption = False,
@@ -408,10 +389,11 @@ def verify_command(
 @app.command("import")
 def import_command(
     source: Annotated[
-        str, typer.Argument(help="Folder with adapter_model.bin, or the file itself.", show_default=False)
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder with adapter_model.bin, or the file itself.", show_default=False),
     ],
     output_dir: OutputOption = ...,  # type: ignore[assignment]
-    model_path: ModelOption = None,
+    model_path: BaseOption = None,
     lora_alpha: Annotated[
         float | None, typer.Option("--lora_alpha", help="As trained, where no adapter_config.json says it.")
     ] = None,
@@ -435,6 +417,50 @@ def import_command(
         use_cpu=use_cpu,
         trust_remote_code=trust_remote_code,
     )
+    raise typer.Exit(code)
+
+
+@app.command("merge")
+def merge_command(
+    adapters: Annotated[
+        list[str], typer.Option("--adapter", help="Folder of the adapter; several with --weights.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    output_dir: OutputOption = ...,  # type: ignore[assignment]
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Of several adapters, for their sum: 0.7,0.3.")
+    ] = None,
+    model_path: BaseOption = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            "--dtype", metavar="<type>", help="Of the weights: float32, bfloat16 or float16; else the base's own."
+        ),
+    ] = None,
+    format: Annotated[
+        Literal["folder", "gguf", "gguf-lora"],
+        typer.Option(
+            "--format",
+            metavar="<format>",
+            help="folder (Transformers, vLLM), gguf (llama.cpp) or gguf-lora (the adapter alone, as GGUF).",
+        ),
+    ] = "folder",
+    quantize: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"] | None,
+        typer.Option(
+            "--quantize",
+            metavar="<type>",
+            help="Of the matrices in a GGUF: f32, f16, bf16, q8_0, q5_0 or q4_0; else f16.",
+        ),
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Unpack a 4- or 8-bit base; else it is refused.")
+    ] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write base + adapter as one model, read it back, and compare it with base + adapter."""
+    from espalier.use.merge_command import run_merge
+
+    code = run_merge(adapters, weights, output_dir, model_path, dtype, format, quantize, trust_remote_code, dequantize)
     raise typer.Exit(code)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from espalier.errors import UsageError
 
@@ -12,13 +15,17 @@ if TYPE_CHECKING:
     from espalier.encode.encode import Encoder
 
 Files = Annotated[
-    list[str], typer.Argument(help="Data files, globs, '-' or hub:owner/name[:split].", show_default=False)
+    list[str],
+    typer.Argument(metavar="FILE", help="Data files, globs, '-' or hub:owner/name[:split].", show_default=False),
 ]
-ModelOption = Annotated[
-    str | None, typer.Option("--model_path", help="Base model: smollm2-135m, a folder, a .gguf file or a hub name.")
-]
+_MODEL = "Base model: smollm2-135m, a folder, a .gguf file or a hub name"
+ModelOption = Annotated[str | None, typer.Option("--model_path", help=f"{_MODEL}.")]
+BaseOption = Annotated[str | None, typer.Option("--model_path", help=f"{_MODEL}; else the one that the adapter names.")]
 TemplateOption = Annotated[
-    str | None, typer.Option("--template", help="Chat template: atom, chatml, plain or a jinja file.")
+    str | None, typer.Option("--template", help="Chat template: atom, chatml, plain or a jinja file; else the model's.")
+]
+TrainedTemplateOption = Annotated[
+    str | None, typer.Option("--template", help="Chat template: atom, chatml, plain or a jinja file; else as trained.")
 ]
 FormatOption = Annotated[
     str | None,
@@ -34,7 +41,7 @@ LengthOption = Annotated[
 ]
 OverlengthOption = Annotated[
     Literal["drop", "truncate_prompt", "split", "error"],
-    typer.Option("--overlength", help="For rows longer than that."),
+    typer.Option("--overlength", metavar="<policy>", help="For longer rows: drop, truncate_prompt, split or error."),
 ]
 TrainOnOption = Annotated[Literal["all", "last"], typer.Option("--train_on", help="Which assistant turns are learnt.")]
 TrustOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that comes with the model.")]
@@ -43,6 +50,32 @@ AdapterOption = Annotated[str, typer.Option("--adapter", help="Folder of the ada
 CpuOption = Annotated[bool, typer.Option("--use_cpu", help="Stay on the CPU.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TreeOption = Annotated[Literal["on", "off"], typer.Option("--tree", help="Compute shared beginnings once.")]
+
+
+class Commands(TyperGroup):
+    """The commands, whose usage errors look like all of ours: what is wrong, and what to do."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        settings["prog_name"] = settings.get("prog_name") or "espalier"  # not "python -m espalier"
+        if not settings.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **settings)
+        try:
+            code = super().main(*args, standalone_mode=False, **settings)
+        except typer.Abort:
+            sys.exit(1)
+        except Exception as error:
+            # A usage error of Click's, which Typer brings under a name of its own.
+            context, what = getattr(error, "ctx", None), getattr(error, "format_message", None)
+            if context is None or what is None:
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
+                sys.exit(2)
+            usage = " ".join(re.sub(r"[{}]", "", context.get_usage()).split())
+            todo = f"{usage}; `{context.command_path} --help` lists the options."
+            text = what().replace("Value error, ", "").rstrip(".")
+            print(f"error: {UsageError(text, where=context.command_path, todo=todo)}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(code or 0)
 
 
 def format_options(format: str | None, columns: str | None, encoding: str | None, sentence: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from espalier.config import GROUPS, RunConfig, options
 from espalier.errors import UsageError
-from espalier.runfile import OptionSpec, choices, nearest, own_specs, training_argument_specs
+from espalier.runfile import OptionSpec, choices, nearest_option, own_specs, training_argument_specs
 
 CONFIG = OptionSpec("config", str)
 
@@ -36,10 +37,13 @@ def parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], str | None]:
         if positive != name and positive in specs and specs[positive].is_bool:
             values[positive] = ["false"]
         else:
-            problems.append(f"--{name}: there is no such option{nearest(name, list(specs))}")
+            problems.append(f"--{name}: there is no such option{nearest_option(name, list(specs))}")
     stray = [token for token in extra if not token.startswith("--")]
     if stray and not problems:
-        problems.append(f"{' '.join(map(repr, stray))}: no option takes this; values follow their --option")
+        how = "values follow their --option"
+        if all(Path(token).exists() for token in stray):
+            how = f"rows are given as --dataset_path {' '.join(stray)}"
+        problems.append(f"{' '.join(map(repr, stray))}: no option takes this; {how}")
     raw = {name: _one_value(name, given, specs[name], problems) for name, given in values.items()}
     if problems:
         raise UsageError(

@@ -46,6 +46,34 @@ def training_argument_specs() -> dict[str, OptionSpec]:
     return {name: OptionSpec(name, hints[name], list[str] in _members(hints[name])) for name in fields}
 
 
+# What other tools call an option, where the spelling does not lead to ours.
+_ELSEWHERE = {
+    **dict.fromkeys(("data", "dataset", "data_path", "dataset_name", "train_file", "train_data"), "dataset_path"),
+    **dict.fromkeys(("model", "model_name_or_path", "base_model", "pretrained_model_name_or_path"), "model_path"),
+    **dict.fromkeys(("output", "out", "output_path"), "output_dir"),
+    **dict.fromkeys(("batch_size", "train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("max_length", "cutoff_len", "max_len", "sequence_len", "model_max_length"), "max_seq_length"),
+    **dict.fromkeys(("val_set_size", "val_size", "test_size"), "eval_fraction"),
+    **dict.fromkeys(("eval_dataset", "validation_file", "eval_file", "val_file"), "eval_dataset_path"),
+    **dict.fromkeys(("rank", "r", "lora_r"), "lora_rank"),
+    "alpha": "lora_alpha",
+    "lr": "learning_rate",
+    "warmup_ratio": "warmup_steps",
+    "scheduler": "lr_scheduler_type",
+    "resume": "resume_from_checkpoint",
+    "optimizer": "optim",
+    "chat_template": "template",
+}
+
+
+def nearest_option(name: str, names: Sequence[str]) -> str:
+    """The same for an option: as other tools call it, else near one of ours, else near any of `names`."""
+    if name in _ELSEWHERE:
+        return f" (did you mean {_ELSEWHERE[name]}?)"
+    return nearest(name, list(own_specs())) or nearest(name, names)
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """' (did you mean --x?)' or ''."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -168,7 +196,7 @@ def build_config(command_line: Mapping[str, Any], config_file: str | None = None
         for name, value in values.items():
             where = place.format(name=name)
             if name not in specs:
-                problems.append(f"{where}: there is no such option{nearest(name, list(specs))}")
+                problems.append(f"{where}: there is no such option{nearest_option(name, list(specs))}")
                 continue
             try:
                 converted = convert(value, specs[name])

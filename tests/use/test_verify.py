@@ -78,6 +78,19 @@ def test_d07_servers(cases: Path) -> None:
     assert refusal.startswith("vLLM: does not take whole tensors in the adapter (modules_to_save); merge first: ")
 
 
+def test_names_that_servers_do_not_find(cases: Path, shared: Path) -> None:
+    """C19: what loads here by repair would be the base in PEFT and vLLM. D04: a table is no LoRA tensor for vLLM."""
+    folder = cases / "C19_compile_prefix" / "adapter"
+    found = verify(folder, str(shared / "tiny-llama"), use_cpu=True)[-2:]
+    plain = f"espalier import {folder} --output_dir adapter-plain"
+    text = "Transformers, vLLM: they find no tensor under these names, and answer as the base; make it plain"
+    assert found[0] == Finding("note", f"{text}: {plain}")
+    assert found[1].text.startswith("llama.cpp: espalier merge --adapter ")
+    folder = cases / "D04_resized_embeddings" / "adapter"
+    notes = [line.text for line in verify(folder, str(shared / "tiny-llama"), use_cpu=True) if line.level == "note"]
+    assert notes[-1].startswith("vLLM: does not take whole tensors in the adapter (modules_to_save); merge first: ")
+
+
 def test_fused_layers_and_unknown_types(shared: Path, tmp_path: Path) -> None:
     """Phi 3's qkv_proj for vLLM, and no command for llama.cpp that would be refused."""
     config = load_config(shared / "tiny-phi3")

@@ -11,7 +11,8 @@ from typing import Any
 
 from espalier.errors import AdapterError, EspalierError, ModelError
 from espalier.model.adapter_settings import CONFIG, TAKE_FROM_BASE
-from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record
+from espalier.model.adapter_tensors import PREFIX, bare_name, parse_name, read_tensors
+from espalier.model.load_adapter import LEGACY_WEIGHTS, WEIGHTS, check_adapter_folder, load_adapter, read_record
 from espalier.use import vllm
 
 # Layers that hold several of the usual ones: Phi 3, GPT-NeoX and Falcon, ChatGLM, Baichuan, GPT-2, MPT.
@@ -56,8 +57,22 @@ def verify(
     found += [Finding("note", notice) for notice in notices]
     found.append(effect(adapted, tokenizer, template))
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    names = tensor_names(folder)
+    if any(name != PREFIX + bare_name(name) or name.endswith(".default.weight") for name in names):
+        here = folder.resolve().name
+        plain = f"espalier import {folder} --output_dir {here}-plain"
+        text = "Transformers, vLLM: they find no tensor under these names, and answer as the base; make it plain"
+        return [*found, Finding("note", f"{text}: {plain}"), _llama_cpp(here, folder, adapted.config)]
+    whole = sorted({name.split(".")[-2] for name in names if parse_name(name) is None})
+    if whole and not vllm.refusals(settings):  # tables that PEFT has saved beside the adapter (case D04)
+        settings["modules_to_save"] = whole
     # Its path, not a hub name: the embedded model's weights are not quite those of the hub's.
     return [*found, *servers(settings, folder, str(base.path), adapted.config)]
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names in an adapter's file, as they stand there."""
+    return list(read_tensors(next(folder / name for name in (WEIGHTS, LEGACY_WEIGHTS) if (folder / name).is_file())))
 
 
 def verify_trained(adapted: Any, folder: Path, base: str, trust_remote_code: bool = False) -> list[Finding]:
