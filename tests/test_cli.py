@@ -277,6 +277,19 @@ def test_usage_errors_look_like_all_errors(
     assert words in said.err
 
 
+def test_check_refuses_options_that_need_a_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["espalier", "check", "a.jsonl", "--max_seq_length", "10", "--train_on", "last"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == (
+        "error: --max_seq_length, --train_on: without a model no token is counted: this changes nothing\n"
+        "  Add --model_path.\n"
+    )
+
+
 def test_names_of_other_tools_lead_to_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = error_of("--lr", "1", "--batch_size", "2", "--epochs", "3", "--model_name_or_path", "m", "--dataset", "d")
     found = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "model_path", "dataset_path")

@@ -110,6 +110,18 @@ def check_command(
     """Check data files: what is kept, left out and why. Exit 0 clean, 1 warnings with --strict, 2 errors."""
     from espalier.encode.check import run_check
 
+    idle = {
+        "--template": template is not None,
+        "--max_seq_length": max_seq_length is not None,
+        "--overlength": overlength != "drop",
+        "--train_on": train_on != "all",
+    }
+    if model_path is None and any(idle.values()):
+        names = ", ".join(name for name, given in idle.items() if given)
+        raise UsageError(
+            "without a model no token is counted: this changes nothing", where=names, todo="Add --model_path."
+        )
+
     def encoder() -> Encoder:
         assert model_path is not None
         return encoder_of(model_path, template, max_seq_length, overlength, train_on, trust_remote_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -55,18 +56,28 @@ TreeOption = Annotated[Literal["on", "off"], typer.Option("--tree", help="Comput
 class Commands(TyperGroup):
     """The commands, whose usage errors look like all of ours: what is wrong, and what to do."""
 
-    def main(self, *args: Any, **settings: Any) -> Any:
-        settings["prog_name"] = settings.get("prog_name") or "espalier"  # not "python -m espalier"
-        if not settings.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **settings)
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        prog_name = prog_name or "espalier"  # not "python -m espalier"
         try:
-            code = super().main(*args, standalone_mode=False, **settings)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            if not standalone_mode:
+                return code
         except typer.Abort:
+            if not standalone_mode:
+                raise
             sys.exit(1)
         except Exception as error:
             # A usage error of Click's, which Typer brings under a name of its own.
             context, what = getattr(error, "ctx", None), getattr(error, "format_message", None)
-            if context is None or what is None:
+            if context is None or what is None or not standalone_mode:
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
                 sys.exit(2)

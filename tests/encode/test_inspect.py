@@ -115,3 +115,12 @@ def test_prefix_tree_counts_each_shared_run_once() -> None:
         "└─ 1 token · row 1 · 5",
         "1 token · row 3 · 7",
     ]
+
+
+def test_number_of_random_rows_and_page_over_the_rows(encoder: Encoder, data: str) -> None:
+    with pytest.raises(UsageError, match="0 is not 1 or more"):
+        shown(data, encoder, random_rows=0)
+    before = Path(data).read_bytes()
+    with pytest.raises(UsageError, match="this file is read here"):
+        shown(data, encoder, html=data)
+    assert Path(data).read_bytes() == before

@@ -286,3 +286,9 @@ def test_precision_on_cuda(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype("cuda", requested)[0] == dtype
+
+
+def test_folder_without_a_tokenizer(shared: Path) -> None:
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(shared / "tiny-phi3")
+    assert str(error.value).startswith(f"{shared / 'tiny-phi3'}: the folder holds no tokenizer\n  Copy its")

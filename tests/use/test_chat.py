@@ -295,3 +295,18 @@ def test_chat_with_the_embedded_model(smollm2_dir: Path, tmp_path: Path, capsys:
     assert "Paris" in out
     assert "<|" not in out
     assert "every lora_B is zero: this adapter changes nothing" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": float("nan")}, "--temperature nan: must be 0 (greedy) or more"),
+        ({"temperature": float("inf")}, "--temperature inf: must be 0 (greedy) or more"),
+        ({"top_p": 0.5}, "--top_p 0.5: changes nothing without a --temperature above 0"),
+        ({"seed": -1}, "--seed -1: must be from 0 to 2^63 - 1"),
+    ],
+)
+def test_sampling_that_cannot_be(adapter: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        run_chat(str(adapter), prompts=["a"], **settings)
+    assert str(error.value) == words

@@ -77,6 +77,8 @@ def choose(
         if not found:
             raise UsageError(f"no row begins at line {line}", where="--line")
         return found
+    if random_rows is not None and random_rows < 1:
+        raise UsageError(f"{random_rows} is not 1 or more", where="--random")
     if random_rows is not None:
         return _drawn(items, random_rows, random.Random(seed))
     return list(islice(items, first))

@@ -81,8 +81,10 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
                 where=str(file),
                 todo="Do not trust it. An adapter holds tensors only: ask for a safetensors file.",
             ) from error
+        # torch says at length how to read such a file without safety
+        why = "no file of tensors" if "Weights only load failed" in str(error) else first_line(error)
         raise AdapterError(
-            f"the weights are damaged or cut off ({file.stat().st_size:,} bytes): {first_line(error)}",
+            f"the weights are damaged or cut off ({file.stat().st_size:,} bytes): {why}",
             where=str(file),
             todo="Copy the adapter again, or take an earlier checkpoint.",
         ) from error

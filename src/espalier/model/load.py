@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -59,11 +60,19 @@ def load_tokenizer(ref: ModelRef, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     where, extra = _source(ref)
+    if not extra and Path(where).is_dir() and not any(map(_of_tokenizer, os.listdir(where))):
+        todo = "Copy its tokenizer's files into it: tokenizer.json and tokenizer_config.json."
+        raise ModelError("the folder holds no tokenizer", where=_said(ref), todo=todo)
     with _clear_errors(ref, "its tokenizer cannot be loaded"):
         tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
         if "gguf_file" in extra:
             restore_digit_split(tokenizer, Path(where) / extra["gguf_file"])
         return tokenizer
+
+
+def _of_tokenizer(name: str) -> bool:
+    """Whether a tokenizer may be in a file of this name."""
+    return name.startswith(("token", "vocab", "merges", "spiece")) or name.endswith((".model", ".tiktoken", ".py"))
 
 
 def load_model(

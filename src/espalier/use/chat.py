@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def run_chat(
     Answers go to standard output, all else to standard error. Greedy unless a temperature is given. Returns the exit
     code 0; raises EspalierError. Arguments and prompts are checked before the model is loaded.
     """
-    _check_options(max_new_tokens, temperature, top_p, bool(prompts and prompts_file))
+    _check_options(max_new_tokens, temperature, top_p, seed, bool(prompts and prompts_file))
     folder = check_adapter_folder(adapter)
     interactive = not prompts and not prompts_file and sys.stdin.isatty()
     if interactive and compare:
@@ -118,14 +119,18 @@ def run_chat(
     return 0
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_p: float, both: bool) -> None:
+def _check_options(max_new_tokens: int, temperature: float, top_p: float, seed: int, both: bool) -> None:
     wrong = []
     if max_new_tokens < 1:
         wrong.append(f"--max_new_tokens {max_new_tokens}: must be 1 or more")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         wrong.append(f"--temperature {temperature}: must be 0 (greedy) or more")
+    if temperature == 0 and 0 < top_p < 1:
+        wrong.append(f"--top_p {top_p}: changes nothing without a --temperature above 0")
     if not 0 < top_p <= 1:
         wrong.append(f"--top_p {top_p}: must be above 0 and at most 1")
+    if not 0 <= seed < 2**63:
+        wrong.append(f"--seed {seed}: must be from 0 to 2^63 - 1")
     if both:
         wrong.append("prompts were given as arguments and with --prompts_file: one of them")
     if wrong:

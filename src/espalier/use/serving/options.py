@@ -52,6 +52,8 @@ def check_options(options: ServeOptions) -> dict[str, Path]:
         name, folder = _named(given)
         if not name:
             wrong.append(f"--adapter {given}: the name before '=' is empty")
+        elif not folder:
+            wrong.append(f"--adapter {given}: the folder after '=' is empty")
         elif name in named:
             wrong.append(f"--adapter {given}: the name {name!r} is taken by {named[name]}; give name=folder")
         named.setdefault(name, folder)
