@@ -103,3 +103,16 @@ def test_a_bad_row_is_said_once_before_a_model_is_loaded(tmp_path: Path) -> None
     assert "bad.jsonl:2" in done.stdout
     assert exit_codes(done.stdout) == [2, 2]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_of_a_stream_ends_all_with_its_line(tmp_path: Path) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", 30)
+    with open(bad, "a", encoding="utf-8") as file:
+        file.write('{"instruction": 1}\n')  # in one rank's share of the fourth step
+    options = settings(bad, tmp_path / "out", streaming=True, streaming_window=8, max_steps=8)
+    done = torchrun(tmp_path, [{"options": options}])
+    assert done.stdout.count("error: ") == 1, done.stdout
+    assert "bad.jsonl:31" in done.stdout
+    assert "stopped after step 3; checkpoint: " in done.stdout
+    assert exit_codes(done.stdout) == [2, 2]
+    assert processes_of(tmp_path) == []

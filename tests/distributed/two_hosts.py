@@ -104,6 +104,14 @@ class Job:
                 self.launchers.append(subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment))
         return self
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for launcher in self.launchers:
+            launcher.kill()
+            launcher.wait()
+
     def said(self, number: int) -> str:
         """What host 1 or 2 has printed so far."""
         return (self.folder / f"said-{number}").read_text(encoding="utf-8", errors="replace")
@@ -137,9 +145,8 @@ class Job:
 
 def run_whole(folder: Path, options: dict[str, Any]) -> str:
     """A job that must end well; what both hosts have printed."""
-    with two_hosts() as hosts:
-        job = Job(folder, hosts).start(options)
-        job.wait((1, 2), 240)
+    with two_hosts() as hosts, Job(folder, hosts).start(options) as job:
+        job.wait((1, 2), 600)
         text = job.said(1) + job.said(2)
         assert [launcher.returncode for launcher in job.launchers] == [0, 0], text
     return text
@@ -160,9 +167,8 @@ def lost(folder: Path, how: str) -> dict[str, Any]:
     """Host 2 is "killed", or the link is "unplugged", in mid-run; then the job goes on. Needs folder/two."""
     options = settings(folder / "rows.jsonl", folder / how, save_steps=4)
     seen: dict[str, Any] = {}
-    with two_hosts() as hosts:
-        job = Job(folder, hosts).start(options, SLOW)
-        job.wait_for_file(folder / how / "checkpoint-4", 240)
+    with two_hosts() as hosts, Job(folder, hosts).start(options, SLOW) as job:
+        job.wait_for_file(folder / how / "checkpoint-4", 600)
         if how == "killed":
             kill_host(hosts[1])
         else:

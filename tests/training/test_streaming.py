@@ -208,3 +208,31 @@ def test_standard_input_is_read_once(tiny_llama_dir: Path, tmp_path: Path, monke
     assert "the rows ended after step 3" in said
     steps = [entry["step"] for entry in log_of(tmp_path / "out")]
     assert all(b - a == 1 for a, b in pairwise(steps))
+
+
+def test_processes_encode_a_step_between_them(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "r.jsonl", 40)
+    wanted = [lines_of(stream(tiny_llama_dir, rows, rows_per_step=10), number) for number in range(4)]
+    ranks = [stream(tiny_llama_dir, rows, rows_per_step=10, rank=rank, world=3) for rank in range(3)]
+    first = [[row.line for row in steps.first_rows()] for steps in ranks]
+    assert first == [wanted[0]] * 3  # the check of the first step has the same rows everywhere
+    encoded: list[int] = []
+    encode = Encoder.encode_batch
+    monkeypatch.setattr(Encoder, "encode_batch", lambda self, rows: encoded.append(len(rows)) or encode(self, rows))
+    for number in range(4):
+        shares = [lines_of(steps, number) for steps in ranks]
+        assert sorted(line for share in shares for line in share) == sorted(wanted[number])
+        assert all(share for share in shares)
+    assert sum(encoded) == 40
+
+
+def test_a_bad_row_of_one_process_is_known_to_the_others(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "r.jsonl", 12)
+    with open(rows, "a", encoding="utf-8") as file:
+        file.write('{"instruction": 1}\n')
+    ranks = [stream(tiny_llama_dir, rows, rows_per_step=16, rank=rank, world=2) for rank in range(2)]
+    found = [[row.line for row in steps[0].bad] for steps in ranks]
+    assert sorted(map(len, found)) == [0, 1]
+    assert [13] in found

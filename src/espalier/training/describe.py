@@ -19,9 +19,8 @@ def describe_norms(trainer: LoraTrainer) -> str:
 
 def describe_tree(trainer: LoraTrainer) -> str:
     """One line: what is shared, how, and what the first step gains."""
-    first = next(iter(trainer.train_sampler()))
     collator: Any = trainer.data_collator
-    batch: StepBatch = collator([trainer.train_dataset[i] for i in first])
+    batch: StepBatch = collator(trainer.first_rows())
     if not trainer.options.tree:
         why = trainer.support.reason or "--tree off"
         return f"off ({why}): padded rows, {batch.unique_tokens:,} positions for {batch.logical_tokens:,} tokens"

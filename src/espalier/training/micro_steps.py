@@ -96,7 +96,7 @@ class MicroSteps:
         trainer = self.trainer
         rows = batch.rows
         if trainer.sharded:  # all ranks compute the same
-            rows = tuple(trainer.train_dataset[i] for i in next(iter(trainer.train_sampler())))
+            rows = trainer.first_rows()
         checked = rows_to_check(rows)
         check = self_check(model, checked, trainer.pad_id, attention=trainer.attention)
         self._checked = True

@@ -147,7 +147,9 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
         encoder=encoder,
         train_rows=train_rows,
         eval_rows=eval_rows,
-        sample_ids=train_rows[0].input_ids if isinstance(train_rows, EncodedDataset) else train_rows.try_first(),
+        sample_ids=train_rows[0].input_ids
+        if isinstance(train_rows, EncodedDataset)
+        else train_rows.first_rows()[0].input_ids,
         result=result,
         left_out=tuple(left_out),
         generation=generation,
@@ -181,12 +183,6 @@ def fsdp_settings(config: RunConfig) -> dict[str, Any]:
             "a quantized base cannot be sharded here",
             where="--fsdp",
             todo="Leave it out: every process then holds the whole quantized base; or do not quantize.",
-        )
-    if config.fsdp and config.streaming and config.self_check == "on":
-        raise UsageError(
-            "the check of the first step needs rows that all processes have",
-            where="--fsdp with --streaming",
-            todo="Add --self_check off, after a short run without --streaming.",
         )
     if config.fsdp_config is None:
         return {}
@@ -257,11 +253,13 @@ def streamed_rows(config: RunConfig, encoder: Encoder, limit_reason: str, say: H
         seed=config.seed,
         group_by_prefix=config.group_by_prefix,
         on_bad_row=config.on_bad_row,
+        rank=place().rank,
+        world=place().world,
     )
     limit = f"limit {encoder.max_length:,} ({limit_reason})" if encoder.max_length is not None else limit_reason
     window = steps.steps_per_window * steps.rows_per_step
     say("rows", f"read once, as the run goes on; shuffled within {window:,} rows; {limit}")
-    steps.try_first()
+    steps.first_rows()
     return steps
 
 

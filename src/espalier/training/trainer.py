@@ -43,7 +43,7 @@ from espalier.training.step import (
     order_by_prefix,
     step_loader,
 )
-from espalier.training.streaming import StepNumbers, StreamCollator, StreamedSteps
+from espalier.training.streaming import StepNumbers, StreamCollator, StreamedSteps, tell_shares
 from espalier.tree.attention import choose_attention
 from espalier.tree.collate import to_tensors
 from espalier.tree.loss import LossOutput, plain_loss, tree_loss
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+    from espalier.encode.encode import Encoded
 
 
 class LoraTrainer(Trainer):
@@ -267,6 +269,12 @@ class LoraTrainer(Trainer):
             return StepNumbers(self.train_dataset)
         return StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=self._alike)
 
+    def first_rows(self) -> tuple[Encoded, ...]:
+        """All rows of the first step, alike on every rank."""
+        if isinstance(self.train_dataset, StreamedSteps):
+            return self.train_dataset.first_rows()
+        return tuple(self.train_dataset[i] for i in next(iter(self.train_sampler())))
+
     @cached_property
     def _alike(self) -> npt.NDArray[np.int64] | None:
         return order_by_prefix(self.train_dataset) if self.options.group_by_prefix else None
@@ -282,16 +290,21 @@ class LoraTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """As HF's, one step at a time. What a stream says beside its rows is heard here: bad rows, and its end."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            if batch.bad:
-                self.train_dataset.check(batch.bad, len(batch.rows) + len(batch.bad))
-                self.left_out(batch.bad, self.state.global_step + 1)
-            if batch.ended:
-                self.notice(f"the rows ended after step {self.state.global_step}: the run ends here")
-                self.control.should_training_stop = True
-                return [], num_items
-        return batches, num_items
+        if not isinstance(self.train_dataset, StreamedSteps):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        problem = share = None
+        try:
+            (share,), _ = super().get_batch_samples(epoch_iterator, 1, device)
+        except Exception as error:  # the other ranks must hear of it
+            problem = error
+        batch = tell_shares(share, self.ranks, self.train_dataset, problem)
+        if batch.bad:
+            self.left_out(batch.bad, self.state.global_step + 1)
+        if batch.ended:
+            self.notice(f"the rows ended after step {self.state.global_step}: the run ends here")
+            self.control.should_training_stop = True
+            return [], None
+        return [batch], None
 
     def _say_left_out(self, bad: Sequence[BadRow], step: int) -> None:
         self.notice(f"step {step}: {len(bad)} rows left out: {'; '.join(group_bad_rows(bad))}")

@@ -30,11 +30,17 @@ def deal_rows(
     """
     if not share or not len(rows):
         return [part.tolist() for part in np.array_split(np.arange(len(rows)), num_ranks)]
-    computed = [_computed_ids(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (computed[i].astype(">i4").tobytes(), i))
-    shared = [common_prefix(computed[a], computed[b]) for a, b in pairwise(order)]
-    shared = [0, *(count if count >= min_shared_tokens else 0 for count in shared)]  # with the row before
-    lengths = [len(computed[i]) for i in order]
+    return deal_by_beginning([_computed_ids(row) for row in rows], num_ranks, min_shared=min_shared_tokens)
+
+
+def deal_by_beginning(
+    sequences: Sequence[np.ndarray[tuple[int], np.dtype[np.int32]]], num_ranks: int, *, min_shared: int
+) -> list[list[int]]:
+    """`deal_rows` by any numbers that stand for a row: token ids, or the bytes of its text."""
+    order = sorted(range(len(sequences)), key=lambda i: (sequences[i].astype(">i4").tobytes(), i))
+    shared = [common_prefix(sequences[a], sequences[b]) for a, b in pairwise(order)]
+    shared = [0, *(count if count >= min_shared else 0 for count in shared)]  # with the row before
+    lengths = [len(sequences[i]) for i in order]
     low = max(lengths, default=0)
     high = sum(lengths)
     while low < high:
