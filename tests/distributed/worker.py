@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node 2 worker.py runs.json
 
-runs.json: a list of {"options": {...}, "fault": {...}}. A fault is put into `LoraTrainer.part_loss` of one rank, at one
-step: kind "error" (a DataError that names a row), "memory", "nan", "kill" (SIGKILL), "stop" (SIGTERM to itself) or
-"slow" (a second's pause); rank or step null: every one.
+runs.json: a list of {"options": {...}, "fault": {...}, "rows": FOLDER}. A fault is put into `LoraTrainer.part_loss` of
+one rank, at one step: kind "error" (a DataError that names a row), "memory", "nan", "kill" (SIGKILL), "stop" (SIGTERM
+to itself) or "slow" (a second's pause); rank or step null: every one. Where `rows` is given, each rank appends to
+FOLDER/rank-<rank> the line numbers of its rows of each step that it has computed.
 A fault holds for the launcher's first attempt only.
 """
 
@@ -25,6 +26,7 @@ from espalier.training.run import train
 from espalier.training.trainer import LoraTrainer
 
 plain_part_loss = LoraTrainer.part_loss
+plain_training_step = LoraTrainer.training_step
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -54,6 +56,18 @@ def with_fault(fault: dict[str, Any]) -> Any:
     return part_loss
 
 
+def with_record(folder: str) -> Any:
+    """`training_step` that writes down which rows it has computed."""
+
+    def training_step(self: LoraTrainer, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        loss = plain_training_step(self, model, inputs, num_items_in_batch)
+        with open(os.path.join(folder, f"rank-{RANK}"), "a", encoding="utf-8") as file:
+            file.write(json.dumps([self.state.global_step + 1, [row.line for row in inputs.rows]]) + "\n")
+        return loss
+
+    return training_step
+
+
 def run_all(runs: list[dict[str, Any]]) -> None:
     """The runs of the file, one after the other in these processes."""
     torch.set_num_threads(1)
@@ -61,6 +75,8 @@ def run_all(runs: list[dict[str, Any]]) -> None:
         fault = entry.get("fault")
         holds = fault is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         LoraTrainer.part_loss = with_fault(fault) if holds else plain_part_loss  # type: ignore[method-assign]
+        if entry.get("rows"):
+            LoraTrainer.training_step = with_record(entry["rows"])  # type: ignore[method-assign]
         train(**entry["options"])
 
 

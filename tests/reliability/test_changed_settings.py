@@ -106,7 +106,7 @@ def test_every_option_is_decided_on_purpose() -> None:
 
 
 def test_c05_the_refusal_counts_in_rows(cases: Path, tmp_path: Path) -> None:
-    """800 rows, stopped after 400 in steps of 8; three devices would make 24 rows a step: 17 steps, not 50."""
+    """800 rows, stopped after 400 in steps of 8; a batch of 24 rows would make 17 steps of the rest, not 50."""
     scenario = json.loads((cases / "C05_resume_changed" / "scenario.json").read_text())
     saved, wanted = scenario["saved_with"], scenario["resume_with"]
     rows_a_step = [s["devices"] * s["per_device_batch"] * s["grad_accum"] for s in (saved, wanted)]
@@ -122,7 +122,7 @@ def test_c05_the_refusal_counts_in_rows(cases: Path, tmp_path: Path) -> None:
     assert error.value.details == (
         "--per_device_train_batch_size: 8 -> 24",
         "rows a step: 8 -> 24: 400 of 800 rows of epoch 1 are done, the 400 left would be 17 steps instead of 50, "
-        "under another schedule",
+        "under another schedule: only another number of processes may change them",
     )
 
 

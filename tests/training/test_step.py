@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espalier.encode.encode import IGNORE_INDEX, Encoded
-from espalier.training.step import StepCollator, StepOptions, StepSampler, order_by_prefix
+from espalier.training.step import Begun, StepCollator, StepOptions, StepSampler, order_by_prefix
 
 
 def row(*ids: int) -> Encoded:
@@ -26,6 +26,9 @@ def test_order_of_rows_stays_as_it_is() -> None:
     """Recorded from the sampler: another order would change every run that is resumed after an update."""
     assert steps(StepSampler(7, 3, 42)) == [[3, 1, 5], [6, 4, 0], [2]]
     assert steps(StepSampler(7, 3, 42), epoch=1) == [[5, 4, 0], [3, 1, 6], [2]]
+    begun = Begun(1, 1, 2)
+    assert steps(StepSampler(7, 3, 42, begun=begun), epoch=0) == [[3, 1, 5], [6, 4, 0], [2]]
+    assert steps(StepSampler(7, 3, 42, begun=begun), epoch=1) == [[5, 4, 0], [6], [2]]
     assert steps(StepSampler(5, 2, 42, shuffle=False)) == [[0, 1], [2, 3], [4]]
 
 

@@ -271,10 +271,13 @@ class CheckpointKeeper:
         assert optimizer is not None, "there is an optimizer once training has begun"
         files.load_optimizer(optimizer, checkpoint)
         scheduler.load_state_dict(read_json(checkpoint / "scheduler.json"))
+        if trainer.schedule_step is not None:
+            scheduler.last_epoch = trainer.schedule_step
         if isinstance(scheduler, LambdaLR):  # by its own formula: with an unchanged plan, to the same number
             parts = zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             for group, base, factor in parts:
                 group["lr"] = base * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the log says of the next step
 
     def load_scaler(self, trainer: LoraTrainer, checkpoint: Path) -> None:
         """The gradient scaler, where float16 has one."""

@@ -60,13 +60,18 @@ class Prepared:
     quantization: Kind | None
     stop_ids: list[int]
     max_steps: int
+    warmup_steps: float
+    steps_of: int  # rows a step that --max_steps and --warmup_steps count in: those that the run was started with
     rows_digest: str
     data_files: tuple[dict[str, Any], ...]
     probes: tuple[Probe, ...] = ()  # prompts to answer at every evaluation
 
 
-def prepare(config: RunConfig, say: Header) -> Prepared:
-    """Settle a run; every decision is told through `say`. Raises EspalierError for whatever cannot be used."""
+def prepare(config: RunConfig, say: Header, steps_of: int | None = None) -> Prepared:
+    """Settle a run; every decision is told through `say`. Raises EspalierError for whatever cannot be used.
+
+    steps_of: rows a step that --max_steps and --warmup_steps count in, where a run goes on with others.
+    """
     from espalier.model.load import sane_generation_config
 
     refused = refused_options(config.training_arguments)
@@ -110,8 +115,9 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
     train_rows: EncodedDataset | StreamedSteps
     eval_rows: EncodedDataset | None = None
     left_out: list[BadRow] = []
+    steps_of = steps_of or config.rows_per_step * place().world
     if config.streaming:
-        train_rows = streamed_rows(config, encoder, limit_reason, say)
+        train_rows = streamed_rows(in_steps_of_now(config, steps_of, None), encoder, limit_reason, say)
     else:
         result = encode_rows(config, config.dataset_path, encoder, say)
         say_rows("rows", result, limit_reason, say)
@@ -138,6 +144,8 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
         raise UsageError(
             f"{config.eval_fraction} of these prompts is no row at all", where="--eval_fraction", todo="Hold out more."
         )
+    num_rows = len(train_rows) if isinstance(train_rows, EncodedDataset) else None
+    counted = in_steps_of_now(config, steps_of, num_rows)
     prepared = Prepared(
         config=config,
         model=ref,
@@ -155,7 +163,9 @@ def prepare(config: RunConfig, say: Header) -> Prepared:
         generation=generation,
         quantization=quantization,
         stop_ids=stop_ids,
-        max_steps=count_steps(config, len(train_rows) if isinstance(train_rows, EncodedDataset) else None, say),
+        max_steps=count_steps(counted, num_rows, say),
+        warmup_steps=counted.warmup_steps,
+        steps_of=steps_of,
         rows_digest=rows_digest(train_rows)
         if isinstance(train_rows, EncodedDataset)
         else stream_digest(config.dataset_path),
@@ -273,6 +283,24 @@ def say_rows(topic: str, result: EncodeResult, limit_reason: str, say: Header) -
     say(topic, f"{account}{longest}{limit} ({limit_reason}){cached}")
     for line in (*result.notices(), *group_bad_rows(counts.bad), *overlength_report(result).lines()):
         say("", line)
+
+
+def in_steps_of_now(config: RunConfig, steps_of: int, num_rows: int | None) -> RunConfig:
+    """The configuration with --max_steps and --warmup_steps, which count steps of `steps_of` rows, in steps of now:
+    as many epochs, or of a stream as many rows."""
+    now = config.rows_per_step * place().world
+    if steps_of == now:
+        return config
+    many, few = (steps_of, now) if num_rows is None else (-(-num_rows // now), -(-num_rows // steps_of))
+
+    def counted(steps: float) -> int:
+        return -(-int(steps) * many // few)
+
+    return dataclasses.replace(
+        config,
+        max_steps=None if config.max_steps is None else counted(config.max_steps),
+        warmup_steps=config.warmup_steps if config.warmup_steps < 1 else counted(config.warmup_steps),
+    )
 
 
 def count_steps(config: RunConfig, num_rows: int | None, say: Header) -> int:

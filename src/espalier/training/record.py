@@ -19,6 +19,7 @@ def record(prepared: Prepared, trainer: LoraTrainer) -> dict[str, Any]:
         "espalier_version": __version__,
         "run": trainer.keeper.run,
         "processes": trainer.ranks.world,
+        "steps_of": prepared.steps_of,
         "base": {
             "name": prepared.model.name,
             "fingerprint": trainer.base_fingerprint,

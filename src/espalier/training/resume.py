@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.config import RunConfig, options
 from espalier.errors import CheckpointError
+from espalier.training.checkpoint_files import PROGRESS, read_json
+from espalier.training.progress import go_on_by_rows
 from espalier.training.ranks import place
 
 if TYPE_CHECKING:
@@ -81,12 +83,12 @@ def compare_settings(stored: RunConfig, given: RunConfig, folder: Path, *, where
     pairs = [(name, getattr(stored, name), getattr(given, name)) for name in names]
     further = {**stored.training_arguments, **given.training_arguments}
     pairs += [(n, stored.training_arguments.get(n), given.training_arguments.get(n)) for n in further]
-    before, now = stored.rows_per_step * _processes(folder), given.rows_per_step * place().world
-    same_rows = before == now
-    free = MAY_CHANGE | (frozenset(ROWS_A_STEP) if same_rows else frozenset())
+    before, now = stored.rows_per_step * _recorded(folder, "processes", 1), given.rows_per_step * place().world
+    free = MAY_CHANGE | (frozenset(ROWS_A_STEP) if before == now else frozenset())
     changed = [f"--{name}: {old} -> {new}" for name, old, new in pairs if old != new and name not in free]
-    if not same_rows:
-        changed.append(_other_rows(before, now, folder))
+    in_the_way = _bound_to_rows(stored, given, before, now)
+    if before != now and in_the_way:
+        changed.append(f"{_other_rows(before, now, folder)}: {in_the_way}")
     if changed:
         raise CheckpointError(
             "the run was started with other settings",
@@ -96,12 +98,30 @@ def compare_settings(stored: RunConfig, given: RunConfig, folder: Path, *, where
         )
 
 
-def _processes(folder: Path) -> int:
-    """How many processes the run was started with."""
+def rows_counted_in(stored: RunConfig, folder: Path) -> int:
+    """How many rows a step of --max_steps and --warmup_steps has: as when the run was started."""
+    return _recorded(folder, "steps_of", stored.rows_per_step * _recorded(folder, "processes", 1))
+
+
+def _recorded(folder: Path, name: str, default: int) -> int:
     try:
-        return int(json.loads((folder / "espalier.json").read_text(encoding="utf-8"))["processes"])
+        return int(json.loads((folder / "espalier.json").read_text(encoding="utf-8"))[name])
     except (OSError, ValueError, KeyError, TypeError):
-        return 1
+        return default
+
+
+def _bound_to_rows(stored: RunConfig, given: RunConfig, before: int, now: int) -> str | None:
+    """Why a run cannot go on with other rows a step; None where only the number of processes has changed."""
+    if any(getattr(stored, name) != getattr(given, name) for name in ROWS_A_STEP):
+        return "only another number of processes may change them"
+    if given.group_by_prefix:
+        return "--group_by_prefix cuts an epoch into other steps"
+    windows = [-(-given.streaming_window // rows) * rows for rows in (before, now)]
+    if given.streaming and windows[0] != windows[1]:
+        return f"--streaming_window would hold {windows[1]} rows instead of {windows[0]}, in another order"
+    if any(name.endswith("_steps") for name in given.training_arguments.get("lr_scheduler_kwargs") or {}):
+        return "--lr_scheduler_kwargs counts steps"
+    return None
 
 
 def _other_rows(before: int, now: int, folder: Path) -> str:
@@ -167,11 +187,12 @@ def resume_point(trainer: LoraTrainer, wanted: str, folder: Path, now: dict[str,
         return None
     state = stored_state(checkpoint)
     say("resume", f"from {checkpoint.name}, step {state.global_step}")
-    if state.max_steps != trainer.args.max_steps:
-        say(
-            "",
-            f"{trainer.args.max_steps} steps in all, {state.max_steps} before: the learning rate follows the new plan",
-        )
+    told = go_on_by_rows(trainer, read_json(checkpoint / PROGRESS), state.global_step)
+    total = trainer.args.max_steps - trainer.step_offset
+    if told is not None:
+        say("", told)
+    elif state.max_steps != total:
+        say("", f"{total} steps in all, {state.max_steps} before: the learning rate follows the new plan")
     return checkpoint
 
 

@@ -66,11 +66,12 @@ def _train(config: RunConfig, ranks: Ranks, console: Console | None) -> RunResul
         config = restarted_config(config, ranks, say)
         folder = Path(config.output_dir or "")
         ranks.led(partial(check_run_folder, config))
+        steps_of = None
         if config.resume_from_checkpoint:
-            config = resumed_config(config, folder)
+            steps_of = check_resumed(config, folder)
         with quiet_libraries(), held_folder(folder) if ranks.leads else nullcontext():
             with ranks.in_turn():  # what rank 0 has encoded, the others read
-                prepared = prepare(config, say)
+                prepared = prepare(config, say, steps_of)
             check_same_rows(prepared, ranks)
             return _run(prepared, folder, console, say, ranks)
 
@@ -119,13 +120,13 @@ def check_run_folder(config: RunConfig) -> Path:
     return folder
 
 
-def resumed_config(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration to go on with; settings that must not change between stop and resume are compared here."""
-    from espalier.training.resume import compare_settings
+def check_resumed(config: RunConfig, folder: Path) -> int:
+    """Compare the settings that must not change between stop and resume. Returns the rows a step of --max_steps."""
+    from espalier.training.resume import compare_settings, rows_counted_in
 
     stored = build_config({}, str(folder / RUN_FILE))
     compare_settings(stored, config, folder, where=str(folder / RUN_FILE))
-    return config
+    return rows_counted_in(stored, folder)
 
 
 @contextmanager
@@ -214,7 +215,8 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ra
             if checkpoint is not None:
                 complete_evaluation(trainer, checkpoint)
             patience = config.early_stopping_patience
-            if checkpoint is not None and has_ended(stored_state(checkpoint), prepared.max_steps, patience):
+            num_steps = prepared.max_steps - trainer.step_offset
+            if checkpoint is not None and has_ended(stored_state(checkpoint), num_steps, patience):
                 load_ending(trainer, checkpoint, folder)
             else:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -285,7 +287,7 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
     if config.fsdp:
         say("sharded", shard_base(model, device, fsdp_settings(config)))
     args = training_arguments(config, fp16_scaler=dtype == torch.float16, on_cpu=device == "cpu")
-    args.max_steps = prepared.max_steps
+    args.max_steps, args.warmup_steps = prepared.max_steps, prepared.warmup_steps
     trainer = LoraTrainer(
         model=model,
         args=args,

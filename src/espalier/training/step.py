@@ -129,12 +129,23 @@ def count_supervised(rows: Sequence[Encoded]) -> tuple[float, int]:
     return weight_sum, count
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Step number `step` of epoch `epoch`, of which the first `rows` rows are done already: a run that goes on with
+    other rows a step stands in the middle of one."""
+
+    epoch: int
+    step: int
+    rows: int
+
+
 class StepSampler(Sampler[list[int]]):
     """Row numbers of each step. The order is a function of (seed, epoch) alone, so any step can be found again.
 
     shuffle False: file order, for evaluation. alike: the rows in an order where like beginnings are neighbours, for
     --group_by_prefix: an epoch then cuts that order into steps at a random offset and shuffles the steps.
     world: of the steps, every world-th, from number `rank` on: how processes share an evaluation.
+    begun: a step that holds only the rest of its rows.
     """
 
     def __init__(
@@ -147,10 +158,12 @@ class StepSampler(Sampler[list[int]]):
         alike: npt.NDArray[np.int64] | None = None,
         rank: int = 0,
         world: int = 1,
+        begun: Begun | None = None,
     ):
         self.num_rows, self.rows_per_step, self.seed, self.shuffle = num_rows, rows_per_step, seed, shuffle
         self.alike = alike
         self.rank, self.world = rank, world
+        self.begun = begun
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -179,6 +192,8 @@ class StepSampler(Sampler[list[int]]):
         steps = [order[at : at + self.rows_per_step].tolist() for at in range(0, self.num_rows, self.rows_per_step)]
         if self.alike is not None:
             steps = [steps[i] for i in random.permutation(len(steps))]
+        if self.begun is not None and self.begun.epoch == self.epoch:
+            steps[self.begun.step] = steps[self.begun.step][self.begun.rows :]
         return iter(steps[self.rank :: self.world])
 
 

@@ -29,7 +29,7 @@ from espalier.data.rows import BadRow, FormatOptions
 from espalier.encode.encode import TOO_LONG, Encoded, Encoder
 from espalier.errors import DataError
 from espalier.training.ranks import Ranks
-from espalier.training.step import NO_ROWS, StepBatch, StepCollator, StepSampler
+from espalier.training.step import NO_ROWS, Begun, StepBatch, StepCollator, StepSampler
 from espalier.tree.deal import deal_by_beginning
 
 MIN_SHARED_BYTES = 4 * MIN_SHARED_TOKENS  # texts that agree on so many will agree on about MIN_SHARED_TOKENS tokens
@@ -74,6 +74,7 @@ class StreamedSteps(Dataset[StreamedStep]):
         self.group_by_prefix, self.on_bad_row = group_by_prefix, on_bad_row
         self.rank, self.world = rank, world
         self._first: tuple[Encoded, ...] = ()
+        self.begun: Begun | None = None  # a step that holds only the rest of its rows
         self._reader: Iterator[Example | BadRow] | None = None
         self._number = -1  # of the window that is held
         self._window: list[Example | BadRow] = []
@@ -119,7 +120,10 @@ class StreamedSteps(Dataset[StreamedStep]):
         """The rows of a step as they stand in the files; None where these have ended before."""
         number, within = divmod(step, self.steps_per_window)
         self._go_to(number)
-        return [self._window[i] for i in self._steps[within]] if within < len(self._steps) else None
+        if within >= len(self._steps):
+            return None
+        done = self.begun.rows if self.begun is not None and self.begun.step == step else 0
+        return [self._window[i] for i in self._steps[within][done:]]
 
     def _share(self, found: list[Example | BadRow]) -> list[Example | BadRow]:
         """Of a step's rows those that this process encodes: a run of them in the order of their texts.

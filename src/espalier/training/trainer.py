@@ -36,6 +36,7 @@ from espalier.training.memory_guard import MemoryGuard, StepPlan, num_recomputab
 from espalier.training.micro_steps import MicroSteps
 from espalier.training.ranks import Ranks, join
 from espalier.training.step import (
+    Begun,
     StepBatch,
     StepLoader,
     StepOptions,
@@ -140,6 +141,10 @@ class LoraTrainer(Trainer):
             notice=lambda text: self.notice(text),
         )
         self.micro_steps = MicroSteps(self)
+        # Where a run goes on with other rows a step than before, see progress.py.
+        self.step_offset = 0
+        self.begun: Begun | None = None
+        self.schedule_step: int | None = None
         self.window = LogWindow()
         self._random_at_step: tuple[int, dict[str, Any]] | None = None  # (steps done, state before the next one)
         self._step_has_loss = True
@@ -267,7 +272,8 @@ class LoraTrainer(Trainer):
     def train_sampler(self) -> StepSampler | StepNumbers:
         if isinstance(self.train_dataset, StreamedSteps):
             return StepNumbers(self.train_dataset)
-        return StepSampler(len(self.train_dataset), self.rows_per_step, self.args.seed, alike=self._alike)
+        rows = self.train_dataset
+        return StepSampler(len(rows), self.rows_per_step, self.args.seed, alike=self._alike, begun=self.begun)
 
     def first_rows(self) -> tuple[Encoded, ...]:
         """All rows of the first step, alike on every rank."""
@@ -392,12 +398,13 @@ class LoraTrainer(Trainer):
         self.keeper.run = run_of(Path(resume_from_checkpoint)) or self.keeper.run
         self.keeper.last_whole = Path(resume_from_checkpoint)
 
-    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
-        started = super()._init_training_state(max_steps, *args)
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, *args: Any) -> Any:
+        super()._init_training_state(max_steps, steps_per_epoch, *args)
         # What transformers takes from the checkpoint although the user may have changed it since.
         self.state.compute_steps(self.args, max_steps)
+        self.state.max_steps = max_steps - self.step_offset
         self.name_best(saved=False)
-        return started
+        return divmod(self.state.global_step + self.step_offset, steps_per_epoch)
 
     def _load_callback_state(self) -> None:
         wanted = {type(c): c.early_stopping_patience for c in self._early_stopping()}
