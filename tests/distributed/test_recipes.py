@@ -1,4 +1,5 @@
-"""examples/cluster/slurm.sh is run as SLURM would run it: its commands are stand-ins, torchrun and the run are real."""
+"""accelerate's launcher; examples/cluster/slurm.sh as SLURM would run it: its commands are stand-ins, torchrun and the
+run are real."""
 
 from __future__ import annotations
 
@@ -74,3 +75,26 @@ def test_slurm_recipe_trains_what_one_process_does(slurm: dict[str, str], tmp_pa
     )
     assert again.returncode != 0
     assert again.stdout.count("nothing is left to do: all 10 steps are done and the adapter is saved") == 1
+
+
+def test_accelerate_launch_trains_what_one_process_does(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    train(**settings(rows, tmp_path / "one", per_device_train_batch_size=8))
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(build_config(settings(rows, tmp_path / "two")).to_yaml(), encoding="utf-8")
+    # Without --multi_gpu accelerate starts one process where there are no GPUs.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, "-m", "espalier", "train", "--config", str(run_file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "of 8 rows (4 x accumulation 1 x 2 processes)" in done.stdout
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert processes_of(tmp_path) == []
