@@ -83,8 +83,9 @@ def test_prediction_covers_what_autograd_keeps(name: str, dtype: torch.dtype, at
     predicted = MemoryModel(CONFIGS[name], rank8(), dtype=dtype, attention=attention).part(pack)
     real = kept_for_backward(real_model(CONFIGS[name], dtype), pack, attention)
     assert predicted.kept > 0
-    # What is alive between two layers is counted, which on models this small is a quarter more than what is saved.
-    assert real <= predicted.kept + predicted.outside <= 1.35 * real
+    # `real` holds what the head's loss keeps too. Alive between two layers is a little more than what is saved.
+    assert real <= predicted.kept + predicted.outside + predicted.logits
+    assert 0.98 * real <= predicted.kept + predicted.outside <= 1.15 * real
 
 
 def test_fixed_bytes_are_the_models_own() -> None:

@@ -139,6 +139,20 @@ def release_free_memory() -> None:
             trim(0)
 
 
+KERNELS_KEPT = 384  # more than the shapes of a large pack (230 were counted), or kernels would be made anew each layer
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and PyTorch's over it
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN keep KERNELS_KEPT kernels, unless the environment says otherwise.
+
+    It makes one for each shape of a product, and packs differ in length. By itself it keeps 1,024: a gigabyte (LOG.md).
+    To be called before the first product of the process.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KERNELS_KEPT))
+
+
 def reset_peak() -> bool:
     """Begin a new peak of `resident_bytes`; False where the system does not do that."""
     try:

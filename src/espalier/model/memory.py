@@ -93,12 +93,17 @@ class _Trace:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all meta tensors that are made while it is open, until they are freed."""
+    """Counts the bytes of all meta tensors that are made while it is open, until they are freed.
 
-    def __init__(self) -> None:
+    model: its weights are there before; a view of one makes nothing.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
+        held = [*model.parameters(), *model.buffers()]
+        self._held = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -109,7 +114,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, storage: Any) -> None:
         key = storage._cdata
-        if key not in self._sizes:
+        if key not in self._sizes and key not in self._held:
             self._sizes[key] = storage.nbytes()
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
@@ -151,8 +156,11 @@ class MemoryModel:
     """The memory of a base with an adapter, for any pack and any number of recomputed layers.
 
     config: of the base. dtype: of its weights. bits: 16 (or 32, by dtype), 8 or 4. attention: the name to train with,
-    None for the stock forward over padded rows. optim: transformers' name of the optimizer.
+    None for the stock forward over padded rows. optim: transformers' name of the optimizer. spare: what the allocator
+    takes for kept tensors beyond their bytes, as a share of them.
     """
+
+    spare = 0.0
 
     def __init__(
         self,
@@ -213,7 +221,7 @@ class MemoryModel:
 
     def _assemble(self, trace: _Trace, tokens: int, logits: int, recompute: int) -> PartBytes:
         again = min(recompute, self.num_layers)
-        kept = (self.num_layers - again) * trace.layer + again * trace.layer_input
+        kept = int((1 + self.spare) * ((self.num_layers - again) * trace.layer + again * trace.layer_input))
         work = trace.work + self.fixed.unpacked
         if again == self.num_layers:  # else the first layers' turn comes when most of the rest is freed
             work += trace.layer - trace.layer_input
@@ -223,7 +231,7 @@ class MemoryModel:
         base: Any = self.model.get_base_model()
         set_attention(base, self.attention or "merged")
         marks: list[int] = []
-        counter = LiveBytes()
+        counter = LiveBytes(self.model)
         layers = decoder_layers(base)
         hooks = [layer.register_forward_pre_hook(lambda *_: marks.append(counter.live)) for layer in layers]
         ids = torch.zeros((1, layout.num_tokens), dtype=torch.long, device="meta")

@@ -63,8 +63,10 @@ class MemoryGuard:
     held: int = 0
     is_reduced: bool = False
     said: int | None = None  # bytes that the header predicted
+    kept_below: float = math.inf  # bytes resident between packs, above which freed memory is given back
     checked: int = 0  # most bytes resident until the self-check was done
     notice: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr))
+    _was_tidied: bool = False
 
     def start(self, model: torch.nn.Module) -> None:
         """Note what is held before the first step, and recompute the layers of the plan."""
@@ -131,6 +133,22 @@ class MemoryGuard:
             f"rows and random state with {plan}; the gradient is the same"
         )
         return self._laid_out(batch, collator)
+
+    def tidy(self) -> None:
+        """Between packs: give freed memory back where more of it is resident than was predicted.
+
+        The C library keeps freed blocks, and as packs differ in length it finds ever fewer that fit: a run of small
+        packs came to take a fourth more than its live tensors (LOG.md). Giving back costs time, since pages are
+        touched anew, so it waits until the prediction is passed; where that is at once again, the prediction was too
+        low, and the bound is raised.
+        """
+        if self.device != "cpu" or resident_bytes() <= self.kept_below:
+            self._was_tidied = False
+            return
+        if self._was_tidied:
+            self.kept_below = 1.05 * resident_bytes()
+        self._was_tidied = True
+        release_free_memory()
 
     @contextmanager
     def limited(self) -> Iterator[None]:

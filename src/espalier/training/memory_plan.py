@@ -13,7 +13,7 @@ import torch
 
 from espalier.config import MAX_TOKENS_PER_PACK, RunConfig
 from espalier.encode.store import EncodedDataset
-from espalier.model.hardware import memory_here, parse_bytes, resident_bytes
+from espalier.model.hardware import KERNELS_KEPT, memory_here, parse_bytes, resident_bytes
 from espalier.model.memory import FixedBytes, MemoryModel, PartBytes
 from espalier.training.memory_guard import SMALL_PACK, StepPlan, part_bytes, with_tokens
 from espalier.training.step import StepBatch, StepCollator, StepOptions, StepSampler
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 Say = Callable[[str, str], None]
 
 MOST_STEPS = 200  # of a long run so many are laid out: the longest by their rows' tokens, and others for the averages
-KERNEL_BYTES = 150_000_000  # pages of PyTorch's kernels and their buffers, which a first step brings in (LOG.md)
+FIRST_STEP_BYTES = 100_000_000  # pages of PyTorch's own kernels and their buffers, which a first step brings in (LOG.md)
+# Of freed blocks that the C library cannot use again within a step, and the share of kept tensors: measured (LOG.md).
+HEAP_BYTES = 120_000_000
+HEAP_SHARE = 0.2
+KERNEL_BYTES = 450_000  # of oneDNN's kernel for one shape
+KERNELS_A_PACK = 50  # shapes that a pack of a new length brings
 SHARE_OF_FREE = 0.9  # of the machine's free memory: other programs want some, and a prediction may be 10 % off
 
 
@@ -41,11 +46,12 @@ class Survey:
     unique_tokens: int
     logical_tokens: int
     num_pairs: int
+    num_packs: int
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at the peak of the largest step. process: Python, PyTorch and all else that is there before the base."""
+    """Bytes at the peak of the largest step. process: Python, PyTorch with its kernels, and all else that is no model."""
 
     process: int
     fixed: FixedBytes
@@ -76,7 +82,14 @@ def survey(rows: EncodedDataset, config: RunConfig, collator: StepCollator, num_
         unique_tokens=sum(batch.unique_tokens for batch in batches),
         logical_tokens=sum(batch.logical_tokens for batch in batches),
         num_pairs=sum(pack.num_pairs for batch in batches for pack in batch.packs),
+        num_packs=sum(len(batch.packs or batch.parts) for batch in batches),
     )
+
+
+def kernel_bytes(seen: Survey) -> int:
+    """What the kernels of PyTorch and oneDNN, and the C library's heap, take in a run on a CPU."""
+    packs = seen.num_packs * seen.num_steps // seen.num_laid_out
+    return FIRST_STEP_BYTES + HEAP_BYTES + KERNEL_BYTES * min(KERNELS_KEPT, KERNELS_A_PACK * packs)
 
 
 def largest_part(batch: StepBatch) -> int:
@@ -183,7 +196,7 @@ def plan_memory(
     or what is free on `device`). Rows of a stream are not known, so nothing is chosen for them.
     """
     if process is None:
-        process = resident_bytes() + KERNEL_BYTES if device == "cpu" else 0
+        process = resident_bytes() if device == "cpu" else 0
     limit = parse_bytes(config.memory_limit, where="--memory_limit") if config.memory_limit else None
     if room is None:
         room = limit if limit is not None else process + int(SHARE_OF_FREE * memory_here(device))
@@ -195,6 +208,7 @@ def plan_memory(
     fallback = StepPlan(tokens, 0)
     try:
         model = memory_model(config, model_config, dtype=dtype, attention=attention, bits=bits)
+        model.spare = HEAP_SHARE if device == "cpu" else 0.0
         if not isinstance(rows, EncodedDataset):
             return MemoryChoice(fallback, model, None, None, room, "the rows of a stream are not known beforehand")
         collator = StepCollator(
@@ -202,6 +216,8 @@ def plan_memory(
             config.per_device_train_batch_size,
         )
         found = survey(rows, config, collator, num_steps)
+        if device == "cpu":
+            process += kernel_bytes(found)
         every = model.num_layers if config.gradient_checkpointing else 0
         plan, prediction = choose(
             model,
@@ -231,7 +247,7 @@ def guard_memory(trainer: LoraTrainer, memory: MemoryChoice, config: RunConfig, 
     if found is None or memory.survey is None:
         say("memory", memory.reason)
         return
-    guard.said = found.total
+    guard.said = guard.kept_below = found.total
     guard.held = found.process + found.fixed.base + found.fixed.adapter // 2
     asked = config.max_tokens_per_pack or MAX_TOKENS_PER_PACK
     guard.is_reduced = memory.plan.tokens < asked or (memory.plan.recompute > 0 and not config.gradient_checkpointing)

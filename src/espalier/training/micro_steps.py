@@ -69,6 +69,7 @@ class MicroSteps:
                 output = trainer.part_loss(model, part)
                 part_mean = output.loss_sum / batch.weight_sum
             trainer.accelerator.backward(part_mean)
+            trainer.guard.tidy()
             loss += part_mean.detach()
             correct += output.num_correct * (part is not self.empty)
         return float(loss), float(correct)

@@ -16,7 +16,7 @@ from rich.table import Table
 from espalier.config import RunConfig
 from espalier.errors import UsageError
 from espalier.model.hardware import choose_device, choose_dtype, device_memory, resident_bytes
-from espalier.training.memory_plan import KERNEL_BYTES, MemoryChoice, plan_memory
+from espalier.training.memory_plan import MemoryChoice, plan_memory
 from espalier.training.prepare import Prepared, prepare
 from espalier.training.report import Header
 
@@ -45,7 +45,7 @@ def plan(prepared: Prepared, *, device: str | None = None) -> dict[str, Any]:
     kind, _ = choose_device(config.use_cpu)
     requested = next((name for name in ("bf16", "fp16", "fp32") if getattr(config, name)), None)
     dtype, _ = choose_dtype(kind, requested)
-    name, room, process = "this machine", None, resident_bytes() + KERNEL_BYTES if kind == "cpu" else 0
+    name, room, process = "this machine", None, resident_bytes() if kind == "cpu" else 0
     if device is not None:
         name, room = device_memory(device)
         kind, process = "cuda", 0

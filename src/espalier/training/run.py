@@ -20,6 +20,7 @@ from rich.console import Console
 from espalier import __version__
 from espalier.config import MAX_TOKENS_PER_PACK, RunConfig
 from espalier.errors import AdapterError, DataError, RunFolderError, TrainingError, UsageError
+from espalier.model.hardware import keep_few_kernels
 from espalier.runfile import build_config
 from espalier.training.prepare import Prepared, fsdp_settings, prepare
 from espalier.training.ranks import Ranks, join
@@ -52,6 +53,7 @@ def train(config: RunConfig | None = None, *, console: Console | None = None, **
     Started by torchrun or accelerate, every process calls this, and rank 0 speaks and writes (docs/distributed.md).
     """
     config = config if config is not None else build_config(options)
+    keep_few_kernels()
     ranks = join(use_cpu=config.use_cpu)
     return _train(config, ranks, console)
 
