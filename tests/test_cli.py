@@ -214,7 +214,11 @@ def test_transformers_own_refusal_is_ours() -> None:
 
 
 def test_bad_input_exits_2_without_traceback_and_leaves_nothing(
-    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_llama_dir: Path,
+    adapter_good_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
@@ -224,6 +228,7 @@ def test_bad_input_exits_2_without_traceback_and_leaves_nothing(
     rows.write_text('{"instruction": "a", "output": "b"}\n')
     model = ("--model_path", str(tiny_llama_dir))
     out = ("--output_dir", "out")
+    from_adapter = ("--continue_training", "--checkpoint", str(adapter_good_dir))
     cases = [
         (["--dataset_path", "none.jsonl", *model, *out], "none.jsonl"),
         (["--dataset_path", str(tmp_path), *model, *out], str(tmp_path)),
@@ -235,6 +240,15 @@ def test_bad_input_exits_2_without_traceback_and_leaves_nothing(
         (["--dataset_path", "rows.jsonl", *model], "--output_dir: no folder for the run"),
         (["--dataset_path", "rows.jsonl", *model, *out, "--max_seq_length", "2"], "no row is left to train on"),
         (["--dataset_path", "rows.jsonl", *model, *out, "--continue_training", "--checkpoint", "full"], "no adapter"),
+        (
+            ["--dataset_path", "rows.jsonl", *model, *out, "--modules_to_save", "lm_heed", "--fp32"],
+            "did you mean lm_head?",
+        ),
+        (
+            ["--dataset_path", "rows.jsonl", *model, *out, "--lora_rank", "16", "--use_dora", *from_adapter],
+            "  - --lora_rank 16: the adapter has 4\n  - --use_dora True: the adapter has ",
+        ),
+        (["--dataset_path", "rows.jsonl", *model, *out, "--eval_dataset_path", "no.jsonl"], "no.jsonl: no such file"),
         (["--dataset_path", "rows.jsonl", *model, *out, "--deepspeed", "ds.json"], "--deepspeed ds.json:"),
     ]
     for argv, words in cases:

@@ -205,6 +205,12 @@ def build_config(command_line: Mapping[str, Any], config_file: str | None = None
                 continue
             (own if name in own_names else further)[name] = converted
     problems += check_values(own)
+    # The run file of a run that started from an adapter holds continue_training: it can be resumed all the same.
+    given = {name.replace("-", "_") for name in command_line}
+    if own.get("resume_from_checkpoint") and own.get("continue_training") and "continue_training" in given:
+        problems.append(
+            "--continue_training starts a new run, --resume_from_checkpoint goes on with one: give one of them"
+        )
     if problems:
         raise UsageError(
             f"{len(problems)} option{'s are' if len(problems) > 1 else ' is'} wrong",
@@ -277,10 +283,6 @@ def check_values(own: Mapping[str, Any]) -> list[str]:
     if config.checkpoint is not None and not config.continue_training:
         problems.append(
             "--checkpoint is used with --continue_training only (to go on with a stopped run: --resume_from_checkpoint)"
-        )
-    if config.continue_training and config.resume_from_checkpoint:
-        problems.append(
-            "--continue_training starts a new run, --resume_from_checkpoint goes on with one: give one of them"
         )
     if config.skip_overlength and config.overlength != "drop":
         problems.append(f"--skip_overlength means --overlength drop, but --overlength is {config.overlength}")

@@ -29,13 +29,14 @@ from safetensors.torch import load_file, save_file
 from small_runs import log_of, run, write_rows
 from transformers import AutoTokenizer, TrainingArguments
 
-from espalier import LoraTrainer
+from espalier import LoraTrainer, train
 from espalier.config import RunConfig
 from espalier.encode.encode import Encoded
 from espalier.errors import AdapterError, CheckpointError, DataError, UsageError
 from espalier.model.load import load_config, load_model
 from espalier.model.load_adapter import load_adapter
 from espalier.model.lora import add_adapter, check_targets, describe_adapter, empty_model, lora_config
+from espalier.runfile import build_config
 from espalier.training.arguments import training_arguments
 from espalier.training.checkpoint_files import load_random, plain_random, random_state, save_random
 from espalier.training.prepare import count_steps
@@ -210,6 +211,23 @@ def test_c12_a_loaded_adapter_goes_on_learning(
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert all(name.count("base_model.model.") == 1 for name in after)
+
+
+def test_a_run_that_started_from_an_adapter_can_be_resumed(
+    tiny_llama_dir: Path, adapter_good_dir: Path, rows: Path, tmp_path: Path
+) -> None:
+    """By its own run file, which says continue_training: bit for bit the uninterrupted run."""
+    options = {
+        "continue_training": True, "checkpoint": str(adapter_good_dir), "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "dataset_path": [str(rows)], "model_path": str(tiny_llama_dir), "fp32": True, "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    train(build_config({**options, "max_steps": 4, "output_dir": str(tmp_path / "whole")}))
+    train(build_config({**options, "max_steps": 2, "output_dir": str(tmp_path / "part")}))
+    train(build_config({"resume_from_checkpoint": "last", "max_steps": 4}, str(tmp_path / "part" / "run.yaml")))
+    assert (tmp_path / "whole" / ADAPTER).read_bytes() == (tmp_path / "part" / ADAPTER).read_bytes()
+    with pytest.raises(UsageError, match="--continue_training starts a new run"):
+        build_config({**options, "resume_from_checkpoint": "last"})
 
 
 def test_c13_a_second_wrap_is_refused(tiny_llama_dir: Path, rows: Path, tmp_path: Path) -> None:

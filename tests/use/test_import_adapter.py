@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from espalier.cli import app
 from espalier.errors import AdapterError, EspalierError, RunFolderError, UsageError
 from espalier.model.load import load_model
-from espalier.model.load_adapter import load_adapter, read_record
+from espalier.model.load_adapter import check_adapter_folder, load_adapter, read_record
 from espalier.use.chat import run_chat
 from espalier.use.import_adapter import import_adapter
 from espalier.use.merge import merge
@@ -349,3 +350,18 @@ def test_command(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0].startswith("4 tensors of adapter_model.bin: 2 modules have an adapter")
     assert result.stdout.splitlines()[-1] == f"try it: espalier chat --adapter {tmp_path / 'a'}"
+
+
+@pytest.mark.parametrize("alpha", [0.0, -8.0, float("nan"), float("inf")])
+def test_alpha_that_is_no_scale(alpha: float, adapter_good_dir: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no number above 0"):
+        import_adapter(adapter_good_dir, tmp_path / "new", model_path=str(tiny_llama_dir), lora_alpha=alpha)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_without_settings_lead_to_import(adapter_good_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(adapter_good_dir, folder)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match=f"`espalier import {folder} --output_dir NEW"):
+        check_adapter_folder(folder)

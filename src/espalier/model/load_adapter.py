@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from espalier.errors import AdapterError
 from espalier.model.adapter_settings import CONFIG as CONFIG  # also from here
 from espalier.model.adapter_settings import check_settings, read_json, read_settings
-from espalier.model.adapter_tensors import PREFIX, read_tensors
+from espalier.model.adapter_tensors import PREFIX, WRAPPERS, read_tensors
 from espalier.model.fingerprint import base_fingerprint, fingerprint_difference
 from espalier.model.locate import first_line
 
@@ -124,10 +124,15 @@ def check_adapter_folder(folder: str | Path) -> Path:
     if not (path / CONFIG).is_file():
         below = sorted(str(found.parent) for found in path.glob(f"*/{CONFIG}"))
         whole = "this folder holds a whole model, not an adapter" if (path / "config.json").is_file() else None
+        todo = f"Adapters below it: {', '.join(below[:5])}" if below else "Give the output folder of a training run."
+        if any((path / name).is_file() for name in (WEIGHTS, LEGACY_WEIGHTS)):  # as the Atom recipe saves them
+            todo = (
+                f"It has tensors: `espalier import {path} --output_dir NEW --model_path BASE --lora_alpha A` makes one."
+            )
         raise AdapterError(
             whole or f"the folder has no {CONFIG}, so it is no adapter",
             where=str(path),
-            todo=f"Adapters below it: {', '.join(below[:5])}" if below else "Give the output folder of a training run.",
+            todo=todo,
         )
     if not any((path / name).is_file() for name in (WEIGHTS, LEGACY_WEIGHTS)):
         raise AdapterError(
@@ -235,17 +240,17 @@ def _repair_keys(
     notice: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
     """Bring keys that a wrapper has spoilt back to PEFT's form: _orig_mod. (torch.compile), module. (DataParallel),
-    the prefix twice (a second wrap), and the adapter's name inside."""
+    FSDP's, the prefix twice (a second wrap), and the adapter's name inside."""
     repaired: dict[str, torch.Tensor] = {}
     spoilt: set[str] = set()
     for key, tensor in tensors.items():
         good = key
         if key not in expected:
-            parts = [part for part in key.split(".") if part not in ("_orig_mod", "module")]
+            parts = [part for part in key.split(".") if part not in WRAPPERS]
             good = re.sub(rf"^(?:{re.escape(PREFIX)})+", PREFIX, ".".join(parts))
             good = good.replace(".default.weight", ".weight")
         if good != key:
-            spoilt |= {part for part in ("_orig_mod", "module", "default") if part in key.split(".")}
+            spoilt |= {part for part in (*WRAPPERS, "default") if part in key.split(".")}
             spoilt |= {PREFIX.rstrip(".") + " twice"} if key.count(PREFIX) > 1 else set()
         repaired[good] = tensor
     if spoilt:

@@ -75,11 +75,26 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def check_targets(model: nn.Module, names: Sequence[str], layers: Sequence[int] = ()) -> None:
+def check_targets(
+    model: nn.Module, names: Sequence[str], layers: Sequence[int] = (), modules_to_save: Sequence[str] = ()
+) -> None:
     """Raise UsageError that lists every name which matches no module, and every layer that does not exist."""
     problems = []
     existing = linear_names(model)
     all_names = [name for name, _ in model.named_modules()]
+    unknown = [name for name in modules_to_save if not any(f".{full}".endswith(f".{name}") for full in all_names)]
+    if unknown:
+        last = sorted({name.rsplit(".", 1)[-1] for name in all_names if name and not name.rsplit(".", 1)[-1].isdigit()})
+        near = [difflib.get_close_matches(name, last, n=1) for name in unknown]
+        raise UsageError(
+            "nothing would be trained in full under these names",
+            where="--modules_to_save",
+            details=[
+                f"{name!r} matches nothing" + (f": did you mean {close[0]}?" if close else "")
+                for name, close in zip(unknown, near, strict=True)
+            ],
+            todo=f"This model has {' '.join(last)}.",
+        )
     for name in names:
         if name == ALL_LINEAR:
             continue

@@ -143,6 +143,42 @@ def check_optimizer(config: RunConfig) -> None:
         )
 
 
+def check_continued(config: RunConfig) -> None:
+    """Raise UsageError for LoRA options that --continue_training would not heed: the adapter has its own.
+
+    An option at its default is taken as not set. Raises AdapterError where the folder is no adapter.
+    """
+    from espalier.model.adapter_settings import CONFIG, read_json
+    from espalier.model.load_adapter import check_adapter_folder
+
+    if not config.continue_training or config.checkpoint is None:
+        return
+    folder, default = check_adapter_folder(config.checkpoint), RunConfig()
+    settings = read_json(folder / CONFIG)
+    problems = [
+        f"--{ours} {getattr(config, ours)}: the adapter has {settings.get(theirs)}"
+        for ours, theirs in _LORA_SETTINGS.items()
+        if getattr(config, ours) not in (getattr(default, ours), settings.get(theirs))
+    ]
+    if problems:
+        raise UsageError(
+            "the adapter that the run starts from has its own settings",
+            where=f"--checkpoint {config.checkpoint}",
+            details=problems,
+            todo="Leave these options out, or start a new adapter without --continue_training.",
+        )
+
+
+# Ours -> PEFT's name. The targets are left out: they are written in several ways.
+_LORA_SETTINGS = {
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+
+
 def check_trackers(config: RunConfig) -> None:
     """Raise UsageError for a name in --report_to that transformers does not know, or whose package is not installed."""
     names = [name for name in config.report_to if name not in ("none", "all")]

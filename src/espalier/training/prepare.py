@@ -30,7 +30,7 @@ from espalier.model.load import ModelPath, check_causal_lm, load_config, load_to
 from espalier.model.lora import check_targets, empty_model, num_embedding_rows
 from espalier.model.quantized import Kind, check_quantization
 from espalier.model.shard import check_settings
-from espalier.training.arguments import check_optimizer, check_trackers, refused_options
+from espalier.training.arguments import check_continued, check_optimizer, check_trackers, refused_options
 from espalier.training.ranks import place
 from espalier.training.samples import Probe, probes_of
 from espalier.training.streaming import StreamedSteps, rows_that_stop, stream_digest
@@ -79,6 +79,7 @@ def prepare(config: RunConfig, say: Header, steps_of: int | None = None) -> Prep
         raise UsageError("options that this tool cannot honour", details=refused, todo="Leave them out.")
     check_optimizer(config)
     check_trackers(config)
+    check_continued(config)
     if not config.dataset_path:
         raise UsageError("no rows to train on", where="--dataset_path", todo="Give one or more data files.")
     expand(config.dataset_path + config.eval_dataset_path)  # names that are no file are told at once, all of them
@@ -97,7 +98,7 @@ def prepare(config: RunConfig, say: Header, steps_of: int | None = None) -> Prep
     check_causal_lm(model_config, ref.said)
     quantization = check_quantization(config, model_config)
     skeleton = empty_model(model_config, trust_remote_code=config.trust_remote_code)
-    check_targets(skeleton, config.target_modules, config.layers_to_transform)
+    check_targets(skeleton, config.target_modules, config.layers_to_transform, config.modules_to_save)
     tokenizer = load_tokenizer(ref, config.trust_remote_code)
     check_vocabulary(tokenizer, num_embedding_rows(skeleton))
     template = resolve_template(tokenizer, config.template)

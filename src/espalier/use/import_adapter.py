@@ -9,6 +9,7 @@ loads strictly.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -324,6 +325,8 @@ def adapter_settings(
         )
     rank = int(told if patterns and told is not None else sizes[0])
     where = "--lora_alpha" if lora_alpha is not None else CONFIG
+    if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise UsageError(f"alpha {alpha!r} is no number above 0", where=where, todo="Give what it was trained with.")
     other = settings.get("lora_alpha")
     if lora_alpha is not None and other is not None and other != lora_alpha:
         where += f"; {CONFIG} says {other}"
