@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Say = Callable[[str, str], None]
 
 MOST_STEPS = 200  # of a long run so many are laid out: the longest by their rows' tokens, and others for the averages
-FIRST_STEP_BYTES = 100_000_000  # pages of PyTorch's own kernels and their buffers, which a first step brings in (LOG.md)
+FIRST_STEP_BYTES = 100_000_000  # pages of PyTorch's own kernels and buffers, which a first step brings in (LOG.md)
 # Of freed blocks that the C library cannot use again within a step, and the share of kept tensors: measured (LOG.md).
 HEAP_BYTES = 120_000_000
 HEAP_SHARE = 0.2
@@ -51,7 +51,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at the peak of the largest step. process: Python, PyTorch with its kernels, and all else that is no model."""
+    """Bytes at the peak of the largest step. process: Python, PyTorch with its kernels, all else that is no model."""
 
     process: int
     fixed: FixedBytes
