@@ -222,6 +222,13 @@ class RunConfig:
     fsdp_config: str | None = option(
         None, "JSON file with reshard_after_forward and cpu_offload, for --fsdp", "Hardware", hf=True
     )
+    deepspeed: str | None = option(
+        None,
+        "several processes: JSON file of DeepSpeed with ZeRO stage 2 (gradients and optimizer state of the adapter in "
+        "pieces) or 3 (the base's layers too)",
+        "Hardware",
+        hf=True,
+    )
     memory_limit: str | None = option(
         None,
         "most memory this process may take, as 8GB: steps are planned to fit; not set: what is free",

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 WORKER = Path(__file__).parent / "worker.py"
+SOURCE = Path(__file__).parents[2] / "src"
 MODEL = Path(__file__).parent.parent / "cases" / "_shared" / "tiny-llama"
 ADAPTER = "adapter_model.safetensors"
 
@@ -36,12 +37,18 @@ def settings(rows: Path, output: Path, **options: Any) -> dict[str, Any]:
 
 
 def torchrun(
-    folder: Path, runs: list[dict[str, Any]], *more: str, num_ranks: int = 2, timeout: float = 180
+    folder: Path,
+    runs: list[dict[str, Any]],
+    *more: str,
+    num_ranks: int = 2,
+    timeout: float = 180,
+    python: Path | str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
-    """The runs in `num_ranks` processes; stdout and stderr are one text."""
+    """The runs in `num_ranks` processes; stdout and stderr are one text. python: that of another environment, which
+    finds our source by its path."""
     file = folder / f"runs-{len(list(folder.glob('runs-*.json')))}.json"
     file.write_text(json.dumps(runs), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    command = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     return subprocess.run(
         [*command, *more, str(WORKER), str(file)],
         stdout=subprocess.PIPE,
@@ -49,7 +56,7 @@ def torchrun(
         text=True,
         timeout=timeout,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE)},
     )
 
 

@@ -166,7 +166,7 @@ def describe_adapter(model: PeftModel) -> AdapterReport:
     modules = Counter(name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     total = sum(num_weights(p) for p in model.parameters())
-    num_trainable = sum(p.numel() for _, p in trainable)
+    num_trainable = sum(num_weights(p) for _, p in trainable)
     if not num_trainable:
         raise UsageError("nothing is trainable in this adapter", todo="Load it with is_trainable=True.")
     wrong = [name for name, p in trainable if p.dtype != torch.float32]

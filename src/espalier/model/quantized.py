@@ -111,6 +111,10 @@ def unpacked(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def num_weights(parameter: torch.Tensor) -> int:
-    """How many numbers a parameter stands for: two a byte where it is packed to 4 bits."""
+    """How many numbers a parameter stands for: two a byte where it is packed to 4 bits, all of one that lies in pieces
+    (DeepSpeed leaves an empty one in its place)."""
+    in_pieces: int | None = getattr(parameter, "ds_numel", None)
+    if in_pieces is not None:
+        return in_pieces
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())

@@ -35,10 +35,7 @@ def shard_base(model: nn.Module, device: str, settings: dict[str, Any]) -> str:
 
     base = base_of(model)
     body = base.base_model
-    names = set(getattr(base, "_no_split_modules", None) or ())
-    layers = [module for module in body.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ModelError(f"{type(base).__name__} names no layers to shard", todo="Leave --fsdp out.")
+    layers = decoder_layers(base)
     sharded = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
     kept = set(model.parameters()) - set(sharded)
     if any(not p.is_floating_point() or type(p).__name__ == "Params4bit" for p in sharded):
@@ -56,17 +53,34 @@ def shard_base(model: nn.Module, device: str, settings: dict[str, Any]) -> str:
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(body, **options)  # holds nothing of its own: it lets the layers' gathers run ahead of each other
-    for parameter in kept:
-        parameter.data = parameter.data.to(device)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+    move_rest(model, set(sharded), device)
     world = mesh.size()
     where = ", kept in the machine's memory" if settings.get("cpu_offload") else ""
     return (
         f"{len(layers)} layers of {total / 1e6:,.1f} MB in {world} pieces (FSDP2){where}; embeddings, head and adapter "
         "whole on every process"
     )
+
+
+def decoder_layers(base: Any) -> list[nn.Module]:
+    """The layers that the base model's class says are to be kept together. Raises ModelError where it names none."""
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.base_model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ModelError(
+            f"{type(base).__name__} names no layers to shard", todo="Leave out --fsdp, or ZeRO stage 3 of --deepspeed."
+        )
+    return layers
+
+
+def move_rest(model: nn.Module, sharded: set[nn.Parameter], device: str) -> None:
+    """Bring to `device`, in place, what is not sharded: the other parameters, and all buffers."""
+    for parameter in model.parameters():
+        if parameter not in sharded:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def is_piece(tensor: torch.Tensor) -> bool:

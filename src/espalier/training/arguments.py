@@ -88,7 +88,6 @@ REFUSED: dict[str, Refusal] = {
     "optim_target_modules": Refusal("the optimizer trains the adapter; --target_modules says where it sits"),
     "accelerator_config": Refusal("how batches are formed is fixed here: rows a step = batch size x accumulation"),
     "parallelism_config": Refusal("processes share the rows of a step, and with --fsdp the base: nothing else yet"),
-    "deepspeed": Refusal("not supported yet: --fsdp shards a frozen base"),
     "ddp_find_unused_parameters": Refusal(_DDP),
     "ddp_bucket_cap_mb": Refusal(_DDP),
     "ddp_broadcast_buffers": Refusal(_DDP),

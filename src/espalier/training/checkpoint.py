@@ -92,8 +92,9 @@ class CheckpointKeeper:
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    def save(self, trainer: LoraTrainer, random: Sequence[Mapping[str, Any]]) -> Path:
+    def save(self, trainer: LoraTrainer, random: Sequence[Mapping[str, Any]], optimizer: Mapping[str, Any]) -> Path:
         """Write the checkpoint of the trainer's step. random: every rank's state to go on with, see `plain_random`.
+        optimizer: its state_dict().
 
         Raises RunFolderError where the disk does not take it; nothing is left behind then, and older ones are
         untouched. Older ones that `keep` does not cover are deleted only after the new one is whole.
@@ -101,19 +102,25 @@ class CheckpointKeeper:
         step = trainer.state.global_step
         target = self.path(step)
         with self.beside(target, f"the checkpoint of step {step} could not be saved") as partial:
-            self.write_parts(trainer, partial, random)
+            self.write_parts(trainer, partial, random, optimizer)
             self._put(partial, target)
         self.last_whole = target
         self._forget(trainer.state)
         return target
 
-    def write_parts(self, trainer: LoraTrainer, folder: Path, random: Sequence[Mapping[str, Any]]) -> None:
+    def write_parts(
+        self,
+        trainer: LoraTrainer,
+        folder: Path,
+        random: Sequence[Mapping[str, Any]],
+        optimizer: Mapping[str, Any],
+    ) -> None:
         """All files of a checkpoint of the trainer as it is now, into `folder`, its manifest last."""
         for name in self.companions:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
         self.save_adapter(trainer.model, folder)
-        files.save_optimizer(trainer.optimizer, folder)
+        files.save_optimizer(optimizer, folder)
         files.write_json(folder / "scheduler.json", files.plain(_scheduler(trainer).state_dict()))
         if trainer.accelerator.scaler is not None:
             files.write_json(folder / "scaler.json", files.plain(trainer.accelerator.scaler.state_dict()))
@@ -269,7 +276,7 @@ class CheckpointKeeper:
         """Optimizer and schedule as they were; where the run is longer now, the next step has its new rate already."""
         optimizer, scheduler = trainer.optimizer, _scheduler(trainer)
         assert optimizer is not None, "there is an optimizer once training has begun"
-        files.load_optimizer(optimizer, checkpoint)
+        trainer.load_optimizer_state(files.load_optimizer(checkpoint, optimizer.param_groups))
         scheduler.load_state_dict(read_json(checkpoint / "scheduler.json"))
         if trainer.schedule_step is not None:
             scheduler.last_epoch = trainer.schedule_step

@@ -106,9 +106,11 @@ def load_random(folder: Path, rank: int = 0) -> dict[str, Any]:
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 
 
-def save_optimizer(optimizer: Any, folder: Path) -> None:
-    """optimizer.safetensors with tensors by "<parameter>.<key>", everything else in optimizer.json."""
-    state = optimizer.state_dict()
+def save_optimizer(state: Mapping[str, Any], folder: Path) -> None:
+    """optimizer.safetensors with tensors by "<parameter>.<key>", everything else in optimizer.json.
+
+    state: the optimizer's state_dict().
+    """
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
@@ -126,17 +128,17 @@ def save_optimizer(optimizer: Any, folder: Path) -> None:
     write_json(folder / "optimizer.json", {"param_groups": plain(state["param_groups"]), "scalars": scalars})
 
 
-def load_optimizer(optimizer: Any, folder: Path) -> None:
-    """Give `optimizer` the state that `save_optimizer` wrote."""
+def load_optimizer(folder: Path, groups_now: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state_dict() that `save_optimizer` wrote. groups_now: the optimizer's, which know what JSON does not."""
     values = read_json(folder / "optimizer.json")
     state: dict[int, dict[str, Any]] = {int(index): dict(scalars) for index, scalars in values["scalars"].items()}
     for name, tensor in load_file(str(folder / "optimizer.safetensors")).items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     groups = values["param_groups"]
-    for group, live in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
+    for group, live in zip(groups, groups_now, strict=True):
         group.update({key: tuple(group[key]) for key, value in live.items() if isinstance(value, tuple)})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return {"state": state, "param_groups": groups}
 
 
 # ---- manifest --------------------------------------------------------------------------------------------------------

@@ -47,13 +47,12 @@ def _sums(trainer: LoraTrainer, batches: Any) -> list[float]:
     """(loss, weights, supervised tokens, correct tokens, rows) of this rank; cut short where the run is to stop."""
     steps, sums = trainer.micro_steps, [0.0] * 5
     own: Iterator[StepBatch] = iter(batches)
-    num_batches = trainer.ranks.most(len(batches)) if trainer.sharded else len(batches)
+    num_batches = trainer.ranks.most(len(batches)) if trainer.in_lockstep else len(batches)
     for batch in (next(own, NO_ROWS) for _ in range(num_batches)):
-        if trainer.stop_signal is not None and not trainer.sharded:
+        if trainer.stop_signal is not None and not trainer.in_lockstep:
             break
         for part in steps.evenly(batch.packs or batch.parts):
-            with trainer.compute_loss_context_manager():
-                out = trainer.part_loss(trainer.model, part)
+            out = steps.loss(trainer.model, part)
             if part is steps.empty:
                 continue
             found: tuple[Any, ...] = (out.loss_sum, out.weight_sum, out.num_supervised, out.num_correct, 0)

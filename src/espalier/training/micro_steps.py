@@ -1,7 +1,7 @@
 """The micro-steps of one optimizer step: forward and backward of each part of this process's rows.
 
 A part is a pack of the tree, or a padded micro-batch of its plain twin. Where the parts of all ranks go together
-(a sharded base), a rank that has fewer joins with empty ones.
+(a sharded base, ZeRO), a rank that has fewer joins with empty ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from espalier.errors import TrainingError
 from espalier.training.checkpoint_files import set_random_state
 from espalier.training.memory_guard import is_allocation_failure
 from espalier.training.step import StepBatch
+from espalier.tree.loss import LossOutput
 from espalier.tree.selfcheck import rows_to_check, self_check
 
 if TYPE_CHECKING:
@@ -38,11 +39,11 @@ class MicroSteps:
         random: the state of the generators before the step, for when it is laid out anew. Raises TrainingError.
         """
         trainer = self.trainer
-        options, sharded = trainer.options, trainer.sharded
-        if options.self_check and options.tree and (batch.packs or sharded) and not self._checked:
+        options, together = trainer.options, trainer.in_lockstep
+        if options.self_check and options.tree and (batch.packs or together) and not self._checked:
             self._check_tree(model, batch)
         model.train()
-        if sharded or not batch.rows:  # micro-steps of all ranks go together: one cannot lay its own out anew
+        if together or not batch.rows:  # micro-steps of all ranks go together: one cannot lay its own out anew
             return self._backward(model, batch)
         collator: Any = trainer.data_collator
         batch = trainer.guard.fitting(batch, collator, model)
@@ -63,23 +64,41 @@ class MicroSteps:
         loss = torch.zeros((), device=trainer.args.device)
         correct = torch.zeros((), device=trainer.args.device)
         for part in self.evenly(batch.packs or batch.parts):
-            if trainer.stop_signal is not None and not trainer.sharded:
+            if trainer.stop_signal is not None and not trainer.in_lockstep:
                 break  # `settle` ends the step on all ranks
-            with trainer.compute_loss_context_manager():
-                output = trainer.part_loss(model, part)
-                part_mean = output.loss_sum / batch.weight_sum
-            trainer.accelerator.backward(part_mean)
+            output = self.loss(model, part)
+            part_mean = output.loss_sum / batch.weight_sum
+            self._add_gradients(part_mean)
             trainer.guard.tidy()
             loss += part_mean.detach()
             correct += output.num_correct * (part is not self.empty)
         return float(loss), float(correct)
 
+    def loss(self, model: nn.Module, part: Any) -> LossOutput:
+        """The trainer's `part_loss`, in its precision, and through DeepSpeed's engine where there is one."""
+        trainer = self.trainer
+        with trainer.compute_loss_context_manager():
+            if trainer.zero is None:
+                return trainer.part_loss(model, part)
+            return trainer.zero.forward(lambda: trainer.part_loss(model, part))
+
+    def _add_gradients(self, loss: torch.Tensor) -> None:
+        if self.trainer.zero is None:
+            self.trainer.accelerator.backward(loss)
+        else:
+            self.trainer.zero.backward(loss)
+
+    def empty_loss(self) -> LossOutput:
+        """The forward of a part that weighs nothing; no random number is drawn for it."""
+        self.trainer.model.eval()
+        return self.trainer.part_loss(self.trainer.model, self.empty)
+
     def evenly(self, parts: Sequence[Any]) -> Sequence[Any]:
         """The parts of this rank's share, made up with empty ones to as many as any rank has.
 
-        Only with a sharded base: every rank must take part in gathering each layer, for the others' sake.
+        Only in lockstep: every rank must take part in gathering each layer, or gradients, for the others' sake.
         """
-        if not self.trainer.sharded:
+        if not self.trainer.in_lockstep:
             return parts
         return [*parts, *[self.empty] * (self.trainer.ranks.most(len(parts)) - len(parts))]
 
@@ -96,10 +115,12 @@ class MicroSteps:
         """Compute a few rows of the first step plainly too, and stop where the tree does not agree."""
         trainer = self.trainer
         rows = batch.rows
-        if trainer.sharded:  # all ranks compute the same
+        if trainer.in_lockstep:  # all ranks compute the same
             rows = trainer.first_rows()
         checked = rows_to_check(rows)
-        check = self_check(model, checked, trainer.pad_id, attention=trainer.attention)
+        zero = trainer.zero  # stage 3 takes gradients away as they come
+        gradients = zero.gradients if zero is not None and zero.stage == 3 else None
+        check = self_check(model, checked, trainer.pad_id, attention=trainer.attention, gradients=gradients)
         self._checked = True
         trainer.guard.after_self_check()
         if not check.ok:

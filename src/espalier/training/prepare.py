@@ -34,6 +34,7 @@ from espalier.training.arguments import check_continued, check_optimizer, check_
 from espalier.training.ranks import place
 from espalier.training.samples import Probe, probes_of
 from espalier.training.streaming import StreamedSteps, rows_that_stop, stream_digest
+from espalier.training.zero_settings import engine_settings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -64,6 +65,7 @@ class Prepared:
     steps_of: int  # rows a step that --max_steps and --warmup_steps count in: those that the run was started with
     rows_digest: str
     data_files: tuple[dict[str, Any], ...]
+    zero: dict[str, Any] | None = None  # DeepSpeed's settings
     probes: tuple[Probe, ...] = ()  # prompts to answer at every evaluation
 
 
@@ -77,6 +79,7 @@ def prepare(config: RunConfig, say: Header, steps_of: int | None = None) -> Prep
     refused = refused_options(config.training_arguments)
     if refused:
         raise UsageError("options that this tool cannot honour", details=refused, todo="Leave them out.")
+    zero = engine_settings(config)
     check_optimizer(config)
     check_trackers(config)
     check_continued(config)
@@ -171,6 +174,7 @@ def prepare(config: RunConfig, say: Header, steps_of: int | None = None) -> Prep
         if isinstance(train_rows, EncodedDataset)
         else stream_digest(config.dataset_path),
         data_files=tuple(describe_file(name, whole=not config.streaming) for name in config.dataset_path),
+        zero=zero,
     )
     return dataclasses.replace(prepared, probes=tuple(probes_of(prepared)))
 

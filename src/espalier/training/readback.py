@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,13 @@ def read_back(model: nn.Module, folder: Path) -> None:
         )
 
 
-def check_forward(model: nn.Module, folder: Path, input_ids: Any) -> None:
+def check_forward(
+    model: nn.Module, folder: Path, input_ids: Any, written: AbstractContextManager[None] | None = None
+) -> None:
     """One row through the live adapter, and again after its tensors were erased and read from the file.
 
-    input_ids: [T] ids of a row, of which the first FORWARD_TOKENS are taken. Raises AdapterError where logits differ.
+    input_ids: [T] ids of a row, of which the first FORWARD_TOKENS are taken. written: holds the adapter whole while it
+    is written to. Raises AdapterError where logits differ.
     """
     from peft import set_peft_model_state_dict
 
@@ -64,10 +68,11 @@ def check_forward(model: nn.Module, folder: Path, input_ids: Any) -> None:
     model.eval()
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.zero_()
-        set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+        with written or nullcontext():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+            set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
         after = model(input_ids=ids).logits
     model.train(was_training)
     if not torch.equal(before, after):

@@ -42,7 +42,9 @@ def rehearse(trainer: LoraTrainer, samples: Samples | None = None) -> None:
     before = random_state()
     try:
         if trainer.args.save_strategy != "no":
-            trainer.ranks.led(lambda: _try_saving(trainer))
+            with trainer.whole_adapter():
+                optimizer = trainer.optimizer_state()
+                trainer.ranks.led(lambda: _try_saving(trainer, optimizer))
         if trainer.args.eval_strategy != "no" and not isinstance(trainer.eval_dataset, dict):
             _try_evaluation(trainer)
         if samples is not None:
@@ -51,10 +53,11 @@ def rehearse(trainer: LoraTrainer, samples: Samples | None = None) -> None:
         set_random_state(before)
 
 
-def _try_saving(trainer: LoraTrainer) -> None:
+def _try_saving(trainer: LoraTrainer, optimizer: dict[str, Any]) -> None:
     folder = trainer.keeper.folder
     with trainer.keeper.beside(folder / "rehearsal", "a checkpoint could not be saved, tried before step 1") as partial:
-        trainer.keeper.write_parts(trainer, partial, [plain_random(random_state())] * trainer.ranks.world)
+        states = [plain_random(random_state())] * trainer.ranks.world
+        trainer.keeper.write_parts(trainer, partial, states, optimizer)
         written = sum(file.stat().st_size for file in partial.iterdir())
         # Adam's two moments, which the first step creates, are as large as the adapter.
         needed = written + (0 if trainer.state.global_step else 2 * _bytes_of(partial))

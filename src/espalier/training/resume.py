@@ -48,6 +48,7 @@ MAY_CHANGE = frozenset(
         "gradient_checkpointing",
         "fsdp",
         "fsdp_config",
+        "deepspeed",
         "tree",
         "attention",
         "lora_forward",
@@ -209,7 +210,7 @@ def complete_evaluation(trainer: LoraTrainer, checkpoint: Path) -> None:
     state = stored_state(checkpoint)
     if not _stored(state, "TrainerControl").get("should_evaluate"):
         return
-    trainer.keeper.load_adapter(trainer.model, checkpoint)
+    trainer.load_adapter(checkpoint)
     trainer.state = state
     trainer.keeper.last_whole = checkpoint
     trainer._load_callback_state()
@@ -247,7 +248,7 @@ def load_ending(trainer: LoraTrainer, checkpoint: Path, folder: Path) -> None:
             todo="Give more --num_train_epochs or --max_steps, or start a new run from its adapter with "
             "--continue_training.",
         )
-    trainer.keeper.load_adapter(trainer.model, final)
+    trainer.load_adapter(final)
 
 
 def _stored(state: TrainerState, callback: str) -> dict[str, Any]:

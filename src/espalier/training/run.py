@@ -205,7 +205,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ra
         trainer.left_out = LeftOutLog(folder / LEFT_OUT, trainer.notice, resumed_at=resumed_at).add
     samples = None
     if prepared.probes and trainer.sharded:
-        say("samples", "none: with --fsdp no process holds the whole model")
+        say("samples", "none: no process holds the whole model")
     elif prepared.probes:
         samples = Samples(trainer, prepared.probes, prepared.stop_ids, folder, trainer.notice, resumed_at=resumed_at)
         trainer.add_callback(samples)
@@ -253,11 +253,14 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
     from espalier.training.memory_plan import guard_memory, plan_memory
     from espalier.training.step import StepOptions
     from espalier.training.trainer import LoraTrainer
+    from espalier.training.zero import tell_device
 
     config = prepared.config
     device, device_reason = choose_device(config.use_cpu)
     requested = next((name for name in ("bf16", "fp16", "fp32") if getattr(config, name)), None)
     dtype, dtype_reason = choose_dtype(device, requested)
+    if prepared.zero is not None:
+        tell_device(device)
     say("device", f"{device}: {device_reason}" + (f", {torch.get_num_threads()} threads" if device == "cpu" else ""))
     form = f"base {describe(prepared.quantization)}; computed in" if prepared.quantization else "base"
     say("precision", f"{form} {str(dtype).removeprefix('torch.')}: {dtype_reason}; adapter float32")
@@ -276,10 +279,11 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
         num_steps=prepared.max_steps,
         bits={"nf4": 4, "int8": 8}.get(prepared.quantization or "", 16),
     )
+    in_pieces = config.fsdp or (prepared.zero is not None and prepared.zero["zero_optimization"]["stage"] == 3)
     set_seed(config.seed)
     base = load_model(
         prepared.model,
-        device="cpu" if config.fsdp else device,  # in pieces to its device: the whole may not fit there
+        device="cpu" if in_pieces else device,  # in pieces to its device: the whole may not fit there
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
         quantization=prepared.quantization,
@@ -308,12 +312,15 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
             norm_forward=config.norm_forward,
             on_nonfinite=config.on_nonfinite,
             max_nonfinite_steps=config.max_nonfinite_steps,
+            zero=prepared.zero,
         ),
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else None,
         ranks=ranks,
     )
     trainer.base_fingerprint = fingerprint
     trainer.remove_callback(PrinterCallback)
+    if trainer.zero is not None:
+        say("sharded", trainer.zero.described)
     say("lora", f"{trainer.lora_counts}{describe_norms(trainer)}")
     say("tree", describe_tree(trainer))
     guard_memory(trainer, memory, config, say)
@@ -435,7 +442,7 @@ def _finish(prepared: Prepared, trainer: LoraTrainer, folder: Path, console: Con
 def _check_saved(prepared: Prepared, trainer: LoraTrainer, folder: Path) -> None:
     from espalier.training.readback import check_forward, effect_of
 
-    check_forward(trainer.model, folder, prepared.sample_ids)
+    check_forward(trainer.model, folder, prepared.sample_ids, trainer.written_adapter())
     if effect_of(folder) == 0.0:
         raise AdapterError("every lora_B is zero after training: the adapter has no effect", where=str(folder))
 

@@ -31,6 +31,7 @@ class StepOptions:
     the trainer's per_device_train_batch_size. lora_forward: fast (one function a LoRA layer) or peft.
     loraplus_lr_ratio: learning rate of every B over that of A (LoRA+).
     norm_forward: fast or stock.
+    zero: DeepSpeed's configuration of ZeRO stage 2 or 3, as zero_settings.engine_settings gives it; None: without.
     on_nonfinite: stop, or skip a step whose loss or gradient is not finite, up to max_nonfinite_steps in a row.
     """
 
@@ -46,6 +47,7 @@ class StepOptions:
     lora_forward: str = "fast"
     loraplus_lr_ratio: float | None = None
     norm_forward: str = "fast"
+    zero: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

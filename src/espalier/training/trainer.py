@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,11 +52,14 @@ from espalier.tree.loss import LossOutput, plain_loss, tree_loss
 from espalier.tree.support import tree_support
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import numpy.typing as npt
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from espalier.encode.encode import Encoded
+    from espalier.training.zero import Zero
 
 
 class LoraTrainer(Trainer):
@@ -96,7 +100,10 @@ class LoraTrainer(Trainer):
         self.options = options or StepOptions()
         self.lora_counts = fast_lora(peft_model) if self.options.lora_forward == "fast" else peft_lora(peft_model)
         stock_norms(peft_model)
-        self.sharded = is_sharded(peft_model)
+        zero = self.options.zero
+        self.sharded = is_sharded(peft_model) or (zero is not None and zero["zero_optimization"]["stage"] == 3)
+        self.in_lockstep = self.sharded or zero is not None  # each micro-step is one of all ranks
+        self.zero: Zero | None = None
         # Which formula a norm has is tried on it, and a piece of it cannot be tried.
         norms_are_fast = self.options.norm_forward == "fast" and not self.sharded
         self.fast_norms, self.stock_norms = fast_norms(peft_model) if norms_are_fast else (0, 0)
@@ -165,6 +172,16 @@ class LoraTrainer(Trainer):
                 todo="Without an accelerator, pass TrainingArguments(use_cpu=True).",
             )
 
+        if zero is not None:
+            self.zero = self._start_zero(zero)
+            self.zero.make_state(self.micro_steps.empty_loss)
+
+    def _start_zero(self, settings: dict[str, Any]) -> Zero:
+        from espalier.training.zero import Zero
+
+        self.ranks.send_from_0(p for p in self.model.parameters() if p.requires_grad)
+        return Zero(self.model, self.create_optimizer(), settings, str(self.args.device))
+
     # ---- the step ------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -195,7 +212,8 @@ class LoraTrainer(Trainer):
             self._skip_step(model, "loss", total, *self._who_has(not math.isfinite(loss)))
             self.window.add_lost()
             return torch.zeros((), device=self.args.device)  # left out of the mean that is logged, see LogWindow
-        self.ranks.sum_gradients(model.parameters())
+        if self.zero is None:
+            self.ranks.sum_gradients(model.parameters())
         self.window.add(batch, correct, int(unique), time.perf_counter() - started)
         return torch.tensor(total, device=self.args.device)
 
@@ -213,8 +231,18 @@ class LoraTrainer(Trainer):
             return plain_loss(model, part, self.pad_id)
         return tree_loss(model, to_tensors(part, self.args.device), attention=self.attention)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return None if self.zero is not None else super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        """As HF's, and what follows from a norm that is not finite.
+
+        DeepSpeed tells the norm once it has stepped: so this is its step, and the one that follows finds no gradient.
+        """
+        if self.zero is not None:
+            norm: Any = self.zero.step() if self._step_has_loss else None
+        else:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         if not self._step_has_loss:
             return None
         if math.isfinite(float(norm)):
@@ -233,14 +261,18 @@ class LoraTrainer(Trainer):
         """
         self.nonfinite.met(what, value, self.state.global_step + 1, rows, self.keeper.newest(), where)
         self.window.skipped += 1
-        if self.accelerator.scaler is None:
+        if self.zero is not None:
+            if not self._step_has_loss:  # else its own step has met the norm, and left out the step
+                self.zero.discard(self.micro_steps.empty_loss)
+        elif self.accelerator.scaler is None:
             model.zero_grad(set_to_none=True)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """No DistributedDataParallel: the tree calls the inner model, which that wrapper would not see, and packs are
         uneven. Ranks start with equal adapters and add up their gradients once a step (`Ranks.sum_gradients`)."""
         if self.ranks.world > 1:
-            self.ranks.send_from_0(p for p in model.parameters() if p.requires_grad)
+            if self.zero is None:
+                self.ranks.send_from_0(p for p in model.parameters() if p.requires_grad)
             self.accelerator.prepare_model(model, evaluation_mode=True)
             cast(Any, model)._is_accelerate_prepared = True
         return model
@@ -354,7 +386,8 @@ class LoraTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter as a PEFT folder, with the tokenizer: no pickle. Raises RunFolderError where it cannot be."""
         folder = Path(output_dir or self.args.output_dir or ".")
-        self.ranks.led(lambda: self.keeper.publish_adapter(self.model, folder, self.processing_class))
+        with self.whole_adapter():
+            self.ranks.led(lambda: self.keeper.publish_adapter(self.model, folder, self.processing_class))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.name_best()
@@ -367,7 +400,9 @@ class LoraTrainer(Trainer):
     def _write_checkpoint(self, random: dict[str, Any] | None = None) -> Path:
         """Rank 0 writes the checkpoint of this step, with the random states of all ranks."""
         states = self.ranks.exchange(plain_random(random if random is not None else random_state()))
-        self.ranks.led(lambda: self.keeper.save(self, random=states))
+        with self.whole_adapter():
+            optimizer = self.optimizer_state()
+            self.ranks.led(lambda: self.keeper.save(self, states, optimizer))
         self.keeper.last_whole = self.keeper.path(self.state.global_step)
         return self.keeper.last_whole
 
@@ -394,7 +429,7 @@ class LoraTrainer(Trainer):
         return self._write_checkpoint(before[1] if before is not None and before[0] == step else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.keeper.load_adapter(self.model, Path(resume_from_checkpoint))
+        self.load_adapter(Path(resume_from_checkpoint))
         self.keeper.run = run_of(Path(resume_from_checkpoint)) or self.keeper.run
         self.keeper.last_whole = Path(resume_from_checkpoint)
 
@@ -417,7 +452,33 @@ class LoraTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self.keeper.load_adapter(self.model, Path(self.state.best_model_checkpoint))
+        self.load_adapter(Path(self.state.best_model_checkpoint))
+
+    def load_adapter(self, checkpoint: Path) -> None:
+        """Take the weights of a checkpoint; every rank reads it. Raises CheckpointError where they do not fit."""
+        with self.written_adapter():
+            self.keeper.load_adapter(self.model, checkpoint)
+
+    def whole_adapter(self) -> AbstractContextManager[None]:
+        """While it lasts, each rank can read the whole adapter; all ranks must be there."""
+        return nullcontext() if self.zero is None else self.zero.whole()
+
+    def written_adapter(self) -> AbstractContextManager[None]:
+        """While it lasts, all ranks write the same values into the adapter."""
+        return nullcontext() if self.zero is None else self.zero.written()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state_dict(), by whole parameters; all ranks must be there."""
+        assert self.optimizer is not None, "there is an optimizer once training has begun"
+        return self.optimizer.state_dict() if self.zero is None else self.zero.optimizer_state()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Go on with what `optimizer_state` gave."""
+        assert self.optimizer is not None, "there is an optimizer once training has begun"
+        if self.zero is None:
+            self.optimizer.load_state_dict(state)
+        else:
+            self.zero.load_optimizer_state(state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,7 +13,7 @@ from espalier.encode.encode import Encoded
 from espalier.model.fast_lora import fast_lora, is_fast, peft_lora
 from espalier.model.fast_norm import FastNorm, fast_norms, stock_norms
 from espalier.tree.collate import to_tensors
-from espalier.tree.loss import base_of, plain_loss, tree_loss
+from espalier.tree.loss import LossOutput, base_of, plain_loss, tree_loss
 from espalier.tree.plan import common_prefix, plan_step
 
 # (relative difference of the mean loss, of the gradient as a vector) that rounding alone explains; a wrong mask gives
@@ -20,6 +21,10 @@ from espalier.tree.plan import common_prefix, plan_step
 # the tree alike; the same plain rows one by one or padded together differ by 0.056, tree and plain by 0.084.
 _TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.float64: (1e-9, 1e-6)}
 _TOLERANCE_16_BITS = (4e-2, 2e-1)
+
+Part = Callable[[], LossOutput]
+# The forwards of some parts -> (the sum of their losses, its gradient by each trained parameter).
+Gradients = Callable[[Sequence[Part]], tuple[float, list[torch.Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +66,22 @@ def rows_to_check(rows: Sequence[Encoded], count: int = 3) -> list[Encoded]:
 
 
 def self_check(
-    model: torch.nn.Module, rows: Sequence[Encoded], pad_id: int, *, attention: str = "reference"
+    model: torch.nn.Module,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    *,
+    attention: str = "reference",
+    gradients: Gradients | None = None,
 ) -> SelfCheck:
     """Loss and gradient of `rows` by the tree and by the plain twins: padded rows, stock forwards; no dropout.
 
-    Give it few rows: the plain twin pads them and holds full logits. The model's gradients, its training mode and
-    the random state are left as they were. Every shared token is shared here, so that the tree is really tested.
+    Give it few rows: the plain twin pads them and holds full logits. gradients: how they are had, where torch alone
+    does not. The model's gradients, its training mode and the random state are left as they were. Every shared token
+    is shared here, so that the tree is really tested.
     """
     length = max(len(row.input_ids) for row in rows)
     plan = plan_step(rows, max_tokens=length * len(rows), min_shared_tokens=1, min_saving=0.0)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept = [parameter.grad for parameter in parameters]
+    gradients = gradients or partial(_gradients, [p for p in model.parameters() if p.requires_grad])
     training = [module for module in model.modules() if module.training]
     device = base_of(model).device
     was_fast = any(is_fast(module) for module in model.modules())
@@ -79,20 +89,11 @@ def self_check(
     try:
         model.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            loss_tree, grads_tree = 0.0, []
-            _clear(parameters)
-            for pack in plan.packs:
-                output = tree_loss(model, to_tensors(pack, device), attention=attention)
-                (output.loss_sum / plan.num_supervised).backward()
-                loss_tree += float(output.loss_sum.detach()) / plan.num_supervised
-            grads_tree = _gradients(parameters)
-            _clear(parameters)
+            packs = [to_tensors(pack, device) for pack in plan.packs]
+            loss_tree, grads_tree = gradients([partial(tree_loss, model, pack, attention=attention) for pack in packs])
             peft_lora(model)
             stock_norms(model)
-            plain = plain_loss(model, rows, pad_id)
-            (plain.loss_sum / plain.num_supervised).backward()
-            loss_plain = float(plain.loss_sum.detach()) / plain.num_supervised
-            grads_plain = _gradients(parameters)
+            loss_plain, grads_plain = gradients([partial(plain_loss, model, rows, pad_id)])
     finally:
         if was_fast:
             fast_lora(model)
@@ -100,17 +101,17 @@ def self_check(
             fast_norms(model)
         for module in training:
             module.training = True
-        for parameter, grad in zip(parameters, kept, strict=True):
-            parameter.grad = grad
     difference = _norm([a - b for a, b in zip(grads_tree, grads_plain, strict=True)])
     norm_tree, norm_plain = _norm(grads_tree), _norm(grads_plain)
+    count = plan.num_supervised
+    loss_tree, loss_plain = loss_tree / count, loss_plain / count
     relative = difference / norm_plain if norm_plain else difference
     tolerance = _TOLERANCES.get(base_of(model).dtype, _TOLERANCE_16_BITS)
     return SelfCheck(
         loss_tree=loss_tree,
         loss_plain=loss_plain,
-        grad_norm_tree=norm_tree,
-        grad_norm_plain=norm_plain,
+        grad_norm_tree=norm_tree / count,
+        grad_norm_plain=norm_plain / count,
         grad_difference=relative,
         tolerance=tolerance,
         shared_tokens=sum(len(row.input_ids) for row in rows) - plan.unique_tokens,
@@ -119,16 +120,15 @@ def self_check(
     )
 
 
-def _clear(parameters: Sequence[torch.nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def _gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
-    return [
-        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
-        for parameter in parameters
-    ]
+def _gradients(parameters: Sequence[torch.nn.Parameter], parts: Sequence[Part]) -> tuple[float, list[torch.Tensor]]:
+    """Without a trace in the parameters."""
+    loss, grads = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
+    for part in parts:
+        loss_sum = part().loss_sum
+        found = torch.autograd.grad(loss_sum, parameters, allow_unused=True)
+        grads = [total if grad is None else total + grad for total, grad in zip(grads, found, strict=True)]
+        loss += float(loss_sum.detach())
+    return loss, grads
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:
