@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 from small_runs import log_of, run, write_rows
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from espalier.encode.encode import Encoded
 from espalier.errors import TrainingError, UsageError
@@ -33,6 +41,8 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
     "gpt2": GPT2Config(n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=300, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**SHAPE, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -74,6 +84,7 @@ def kept_for_backward(model: Any, pack: Pack, attention: str) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT, of its own patterns for experts
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("attention", ["merged", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -88,9 +99,11 @@ def test_prediction_covers_what_autograd_keeps(name: str, dtype: torch.dtype, at
     assert 0.98 * real <= predicted.kept + predicted.outside <= 1.15 * real
 
 
-def test_fixed_bytes_are_the_models_own() -> None:
-    model = real_model(CONFIGS["llama"], torch.bfloat16)
-    fixed = MemoryModel(CONFIGS["llama"], rank8(), dtype=torch.bfloat16, attention="merged").fixed
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT, of its own patterns for experts
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_fixed_bytes_are_the_models_own(name: str) -> None:
+    model = real_model(CONFIGS[name], torch.bfloat16)
+    fixed = MemoryModel(CONFIGS[name], rank8(), dtype=torch.bfloat16, attention="merged").fixed
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -227,5 +240,12 @@ def test_plan_without_weights(tmp_path: Path, tiny_llama_dir: Path, capsys: pyte
     )  # fmt: skip
     assert found["fits"]
     assert found["changes"] == []
+    assert found["not_predicted"] == ["evaluation, samples and saving, which take less than a step as a rule"]
+    config = dataclasses.replace(config, streaming=True, max_steps=3)
+    assert run_plan(config, as_json=True) == 0
+    streamed = json.loads(capsys.readouterr().out)
+    assert streamed["not_predicted"][0].startswith("rows of the stream after the ")
+    assert streamed["bytes"]["base"] == parts["base"]
+    config = dataclasses.replace(config, streaming=False)
     assert run_plan(config, device="tiny 0.0001GB", as_json=True) == 1
     assert len(json.loads(capsys.readouterr().out)["changes"]) >= 4

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from espalier.config import RunConfig
+
 ALL_LINEAR = "all-linear"
 
 
@@ -148,6 +150,21 @@ def lora_config(
         use_dora=use_dora,
         init_lora_weights={"true": True, "false": False}.get(init_lora_weights.lower(), init_lora_weights),  # type: ignore[arg-type]
         modules_to_save=list(modules_to_save) or None,
+    )
+
+
+def run_lora_config(config: RunConfig) -> LoraConfig:
+    """PEFT's configuration of a run."""
+    return lora_config(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        layers_to_transform=config.layers_to_transform,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=config.init_lora_weights,
+        modules_to_save=config.modules_to_save,
     )
 
 

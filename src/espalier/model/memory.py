@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -124,15 +125,18 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """torch's fused attention, which the meta device replaces by plain products that keep all scores."""
+class _Kernels(TorchFunctionMode):
+    """Kernels that the meta device has not got, or replaces by others that keep more: torch's fused attention, which
+    would be plain products that keep all scores, and the experts' products."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            return _Kept.apply(*args[:3], kwargs.get("attn_mask"))  # type: ignore[no-untyped-call]
+            if func is F.scaled_dot_product_attention:
+                return _Kept.apply(*args[:3], kwargs.get("attn_mask"))  # type: ignore[no-untyped-call]
+            if func is getattr(torch, "_grouped_mm", None):  # what F.grouped_mm calls
+                return _Grouped.apply(*args[:2])  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
 
 
 class _Kept(torch.autograd.Function):
@@ -150,6 +154,31 @@ class _Kept(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors[:3]
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+class _Grouped(torch.autograd.Function):
+    """x [S, in], sorted by expert, times the weights [E, in, out] of its rows' experts: [S, out]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(x.shape[0], weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        return tuple(torch.empty_like(tensor) if needs else None for tensor, needs in wanted)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """PEFT switches autocast off around the weights of experts, and PyTorch has no autocast for the meta device."""
+    before: Any = torch.autocast
+    cast(Any, torch).autocast = lambda *_, **__: nullcontext()
+    try:
+        yield
+    finally:
+        cast(Any, torch).autocast = before
 
 
 class MemoryModel:
@@ -177,7 +206,8 @@ class MemoryModel:
         self.config, self.attention, self.dtype = config, attention, dtype
         whole = empty_model(config, trust_remote_code=trust_remote_code)
         self.num_layers = int(config.get_text_config().num_hidden_layers)
-        self.fixed = fixed_bytes(whole, settings, dtype=dtype, optim=optim, bits=bits)
+        if not _are_alike(decoder_layers(whole)):
+            raise NotImplementedError("its layers are not all of one kind")
         head: Any = head_of_model(whole)
         self.num_linear = sum(m.weight.numel() for m in whole.modules() if is_linear(m) and m is not head)  # type: ignore[operator,misc]
         self.vocabulary = num_embedding_rows(whole)
@@ -193,7 +223,20 @@ class MemoryModel:
         if lora_forward == "fast":
             fast_lora(self.model)
         self.model.train()
+        on_experts = expert_numbers(self.model) * self.num_layers // TRACED_LAYERS
+        self.is_moe = any(parameter.dim() == 3 for layer in decoder_layers(whole) for parameter in layer.parameters())
+
+        def fixed(bits: int) -> FixedBytes:
+            return fixed_bytes(whole, settings, dtype=dtype, optim=optim, bits=bits, on_experts=on_experts)
+
+        self._fixed, self.fixed = fixed, fixed(bits)
         self._traces: dict[Any, _Trace] = {}
+
+    def with_bits(self, bits: int) -> MemoryModel:
+        """The same run over a base of `bits` bits."""
+        other = copy.copy(self)
+        other.fixed = self._fixed(bits)
+        return other
 
     def part(self, pack: Pack, recompute: int = 0) -> PartBytes:
         """The bytes of one pack, with the first `recompute` layers computed again in the backward."""
@@ -236,7 +279,7 @@ class MemoryModel:
         hooks = [layer.register_forward_pre_hook(lambda *_: marks.append(counter.live)) for layer in layers]
         ids = torch.zeros((1, layout.num_tokens), dtype=torch.long, device="meta")
         try:
-            with counter, _FusedAttention(), tree_masks(layout):
+            with counter, _Kernels(), _without_autocast(), tree_masks(layout):
                 mask = layout.causal_mask if takes_stock_mask(base) else torch.ones_like(ids)
                 hidden = base.base_model(input_ids=ids, use_cache=False, attention_mask=mask, position_ids=ids)[0]
                 end = counter.peak = counter.live
@@ -283,15 +326,38 @@ def shortened(config: Any, num_layers: int) -> Any:
     return few
 
 
+def _are_alike(layers: Sequence[torch.nn.Module]) -> bool:
+    """Whether two layers may stand for all: every one has the same parameters."""
+    shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in layers]
+    return all(these == shapes[0] for these in shapes)
+
+
+def expert_numbers(model: torch.nn.Module) -> int:
+    """Trained numbers that PEFT puts on the experts of a mixture, which are no linear layers."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    return sum(p.numel() for one in wrappers for half in (one.lora_A, one.lora_B) for p in half.parameters())
+
+
 def replace_layers(settings: LoraConfig) -> LoraConfig:
     """The settings with an adapter on every layer."""
     return replace(settings, layers_to_transform=None, init_lora_weights=True, modules_to_save=None)
 
 
 def fixed_bytes(
-    whole: torch.nn.Module, settings: LoraConfig, *, dtype: torch.dtype, optim: str, bits: int = 16
+    whole: torch.nn.Module,
+    settings: LoraConfig,
+    *,
+    dtype: torch.dtype,
+    optim: str,
+    bits: int = 16,
+    on_experts: int = 0,
 ) -> FixedBytes:
-    """Base, adapter and optimizer, from the shapes of the whole model on the meta device."""
+    """Base, adapter and optimizer, from the shapes of the whole model on the meta device.
+
+    on_experts: trained numbers beside those on linear layers.
+    """
     size = dtype.itemsize
     head: Any = head_of_model(whole)
     linears = {name: module for name, module in whole.named_modules() if is_linear(module) and module is not head}
@@ -300,7 +366,7 @@ def fixed_bytes(
     for parameter in whole.parameters():
         base += parameter.numel() * (size if id(parameter) not in packed else NF4_BYTES if bits == 4 else 1.0)
     base += sum(buffer.numel() * buffer.element_size() for buffer in whole.buffers())
-    trained = sum(
+    trained = on_experts + sum(
         settings.r * sum(module.weight.shape)
         for name, module in linears.items()
         if _is_target(name, settings.target_modules, settings.layers_to_transform)

@@ -7,6 +7,7 @@ time is not. So a failed allocation is no end: the same rows run again with the 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ class MemoryGuard:
     is_reduced: bool = False
     said: int | None = None  # bytes that the header predicted
     kept_below: float = math.inf  # bytes resident between packs, above which freed memory is given back
+    largest: StepBatch | None = None  # of the run, where all its rows are known
+    tight: float | None = None  # share of what may be used that the largest step is predicted to take
     checked: int = 0  # most bytes resident until the self-check was done
     notice: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr))
     _was_tidied: bool = False
@@ -128,9 +131,11 @@ class MemoryGuard:
         self._apply(model)
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+        elif self.device == "cpu":
+            release_free_memory()  # what the step that failed has left behind would be in the way
         self.notice(
-            f"memory: an allocation failed ({str(error).splitlines()[0][:120]}): the step runs again from the same "
-            f"rows and random state with {plan}; the gradient is the same"
+            f"memory: an allocation failed ({_wanted(error)}): the step runs again from the same rows and random state "
+            f"with {plan}; the gradient is the same"
         )
         return self._laid_out(batch, collator)
 
@@ -280,6 +285,12 @@ def _same_step(share: StepBatch, batch: StepBatch) -> StepBatch:
 
 def _longest(rows: Sequence[Encoded]) -> int:
     return max(len(row.input_ids) for row in rows)
+
+
+def _wanted(error: BaseException) -> str:
+    """What could not be had, in short; else the first line of what the library says."""
+    found = re.search(r"tried to allocate ([0-9.]+ ?[A-Za-z]+)", str(error), re.IGNORECASE)
+    return found[1] if found else (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _gb(count: int) -> str:

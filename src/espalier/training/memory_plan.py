@@ -14,9 +14,12 @@ import torch
 from espalier.config import MAX_TOKENS_PER_PACK, RunConfig
 from espalier.encode.store import EncodedDataset
 from espalier.model.hardware import KERNELS_KEPT, memory_here, parse_bytes, resident_bytes
+from espalier.model.lora import run_lora_config
 from espalier.model.memory import FixedBytes, MemoryModel, PartBytes
 from espalier.training.memory_guard import SMALL_PACK, StepPlan, part_bytes, with_tokens
-from espalier.training.step import StepBatch, StepCollator, StepOptions, StepSampler
+from espalier.training.ranks import place
+from espalier.training.step import StepBatch, StepCollator, StepOptions, StepSampler, order_by_prefix
+from espalier.training.streaming import StreamedSteps
 from espalier.tree.attention import choose_attention
 from espalier.tree.support import tree_support
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str, str], None]
 
+MOST_STEPS_SEEN = 20_000  # of a longer run the first ones are looked at, by their rows' lengths alone
 MOST_STEPS = 200  # of a long run so many are laid out: the longest by their rows' tokens, and others for the averages
 FIRST_STEP_BYTES = 100_000_000  # pages of PyTorch's own kernels and buffers, which a first step brings in (LOG.md)
 # Of freed blocks that the C library cannot use again within a step, and the share of kept tensors: measured (LOG.md).
@@ -38,7 +42,7 @@ SHARE_OF_FREE = 0.9  # of the machine's free memory: other programs want some, a
 @dataclass(frozen=True)
 class Survey:
     """The steps of a run. largest: the batch whose largest part is largest; tokens are sums over `num_laid_out` steps
-    of `num_steps`."""
+    of `num_steps`. first_window: of a stream, of which no more is known."""
 
     largest: StepBatch
     num_steps: int
@@ -47,6 +51,7 @@ class Survey:
     logical_tokens: int
     num_pairs: int
     num_packs: int
+    first_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,27 +67,24 @@ class Prediction:
         return self.process + self.fixed.total + self.part.total
 
 
-def survey(rows: EncodedDataset, config: RunConfig, collator: StepCollator, num_steps: int) -> Survey:
-    """Lay out the steps that the run's own sampler draws, or the MOST_STEPS longest of them."""
-    sampler = StepSampler(len(rows), config.rows_per_step, config.seed)
-    lengths = np.asarray(rows.lengths)
-    steps: list[list[int]] = []
-    while len(steps) < min(num_steps, len(sampler)):
-        sampler.set_epoch(0)
-        steps += list(sampler)
-    steps = steps[:num_steps]
-    by_length = sorted(steps, key=lambda step: int(lengths[step].sum()), reverse=True)
-    every = max(1, 2 * len(steps) // MOST_STEPS)
-    chosen = steps if len(steps) <= MOST_STEPS else by_length[: MOST_STEPS // 2] + by_length[MOST_STEPS // 2 :: every]
-    batches = [collator([rows[index] for index in step]) for step in chosen]
+def survey(rows: EncodedDataset | StreamedSteps, config: RunConfig, collator: StepCollator, num_steps: int) -> Survey:
+    """Lay out the steps that the run's own sampler draws, or the MOST_STEPS longest of them; of a stream, the first
+    ones of its first window. Raises DataError: no row of a stream's can be used."""
+    if isinstance(rows, StreamedSteps):
+        batches = _first_batches(rows, collator)
+    else:
+        steps = [[rows[index] for index in step] for step in _longest_steps(rows, config, num_steps)]
+        batches = [batch for step in steps if (batch := collator(step)).rows]
+        batches = batches or [replace(collator, rank=0)(steps[0])]  # a process may have no row of any step
     return Survey(
         largest=max(batches, key=largest_part),
-        num_steps=len(steps),
+        num_steps=num_steps,
         num_laid_out=len(batches),
         unique_tokens=sum(batch.unique_tokens for batch in batches),
         logical_tokens=sum(batch.logical_tokens for batch in batches),
         num_pairs=sum(pack.num_pairs for batch in batches for pack in batch.packs),
         num_packs=sum(len(batch.packs or batch.parts) for batch in batches),
+        first_window=isinstance(rows, StreamedSteps),
     )
 
 
@@ -90,6 +92,30 @@ def kernel_bytes(seen: Survey) -> int:
     """What the kernels of PyTorch and oneDNN, and the C library's heap, take in a run on a CPU."""
     packs = seen.num_packs * seen.num_steps // seen.num_laid_out
     return FIRST_STEP_BYTES + HEAP_BYTES + KERNEL_BYTES * min(KERNELS_KEPT, KERNELS_A_PACK * packs)
+
+
+def _longest_steps(rows: EncodedDataset, config: RunConfig, num_steps: int) -> list[list[int]]:
+    """Row numbers of the run's steps; of more than MOST_STEPS the longest half of them, and a sample of the rest."""
+    alike = order_by_prefix(rows) if config.group_by_prefix else None
+    sampler = StepSampler(len(rows), config.rows_per_step * place().world, config.seed, alike=alike)
+    lengths = np.asarray(rows.lengths)
+    steps: list[list[int]] = []
+    while len(steps) < min(num_steps, MOST_STEPS_SEEN):
+        sampler.set_epoch(len(steps) // len(sampler))
+        steps += list(sampler)
+    steps = steps[:num_steps]
+    if len(steps) <= MOST_STEPS:
+        return steps
+    by_length = sorted(steps, key=lambda step: int(lengths[step].sum()), reverse=True)
+    return by_length[: MOST_STEPS // 2] + by_length[MOST_STEPS // 2 :: max(1, 2 * len(steps) // MOST_STEPS)]
+
+
+def _first_batches(rows: StreamedSteps, collator: StepCollator) -> list[StepBatch]:
+    """Of this process's own rows, which a stream has dealt already."""
+    collator = replace(collator, rank=0, world=1)
+    first = rows.first_rows()  # raises before anything is laid out
+    steps = (rows[number].rows for number in range(min(rows.steps_per_window, rows.num_steps, MOST_STEPS)))
+    return [collator(step) for step in steps if step] or [collator(first)]
 
 
 def largest_part(batch: StepBatch) -> int:
@@ -140,48 +166,38 @@ def choose(
     return plan, found
 
 
-def memory_model(config: RunConfig, model_config: Any, *, dtype: Any, attention: str, bits: int = 16) -> MemoryModel:
-    """The predictor for a run's base, adapter and optimizer."""
-    from espalier.model.lora import lora_config
-
-    settings = lora_config(
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        layers_to_transform=config.layers_to_transform,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        modules_to_save=config.modules_to_save,
-    )
-    return MemoryModel(
-        model_config,
-        settings,
-        dtype=dtype,
-        attention=attention,
-        optim=config.optim,
-        bits=bits,
-        lora_forward=config.lora_forward,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
 @dataclass(frozen=True)
 class MemoryChoice:
-    """What `plan_memory` settled. model None: this model could not be traced, and `reason` says why."""
+    """What `plan_memory` settled. asked: the prediction of the run as it was asked for; prediction: of `plan`.
+
+    model None: this model could not be traced, and `reason` says why.
+    """
 
     plan: StepPlan
     model: MemoryModel | None
+    asked: Prediction | None
     prediction: Prediction | None
-    survey: Survey | None
+    survey: Survey
+    collator: StepCollator
     room: int
     reason: str
+
+    def changed(self, *, tokens: int | None = None, recompute: int | None = None, bits: int | None = None) -> int:
+        """Bytes at the peak with another token budget, number of recomputed layers, or base."""
+        assert self.model is not None
+        assert self.asked is not None
+        batch = self.survey.largest
+        if tokens is not None and batch.packs:
+            batch = with_tokens(self.collator, tokens)(batch.rows)
+        model = self.model if bits is None else self.model.with_bits(bits)
+        again = self.asked.part.recomputed if recompute is None else recompute
+        return predict(model, batch, again, self.asked.process).total
 
 
 def plan_memory(
     config: RunConfig,
     model_config: Any,
-    rows: Any,
+    rows: EncodedDataset | StreamedSteps,
     *,
     device: str,
     dtype: torch.dtype,
@@ -193,7 +209,7 @@ def plan_memory(
     """Predict the run's largest step and choose its token budget and recomputed layers, before a weight is read.
 
     process: bytes in use before the base (None: this process now). room: bytes allowed in all (None: --memory_limit,
-    or what is free on `device`). Rows of a stream are not known, so nothing is chosen for them.
+    or what is free on `device`). Of a stream the rows of its first window count.
     """
     if process is None:
         process = resident_bytes() if device == "cpu" else 0
@@ -205,20 +221,30 @@ def plan_memory(
     is_tree = config.tree == "on" and tree_support(model_config).mode == "tree"
     if not is_tree:
         tokens = sys.maxsize
-    fallback = StepPlan(tokens, 0)
+    here = place()
+    collator = StepCollator(
+        StepOptions(tree=is_tree, max_tokens_per_pack=tokens, min_shared_tokens=config.min_shared_tokens),
+        config.per_device_train_batch_size,
+        here.rank,
+        here.world,
+    )
+    found = survey(rows, config, collator, num_steps)
     try:
-        model = memory_model(config, model_config, dtype=dtype, attention=attention, bits=bits)
-        model.spare = HEAP_SHARE if device == "cpu" else 0.0
-        if not isinstance(rows, EncodedDataset):
-            return MemoryChoice(fallback, model, None, None, room, "the rows of a stream are not known beforehand")
-        collator = StepCollator(
-            StepOptions(tree=is_tree, max_tokens_per_pack=tokens, min_shared_tokens=config.min_shared_tokens),
-            config.per_device_train_batch_size,
+        model = MemoryModel(
+            model_config,
+            run_lora_config(config),
+            dtype=dtype,
+            attention=attention,
+            optim=config.optim,
+            bits=bits,
+            lora_forward=config.lora_forward,
+            trust_remote_code=config.trust_remote_code,
         )
-        found = survey(rows, config, collator, num_steps)
+        model.spare = HEAP_SHARE if device == "cpu" else 0.0
         if device == "cpu":
             process += kernel_bytes(found)
         every = model.num_layers if config.gradient_checkpointing else 0
+        asked = predict(model, found.largest, every, process)
         plan, prediction = choose(
             model,
             found.largest,
@@ -229,10 +255,11 @@ def plan_memory(
             may_shrink=config.max_tokens_per_pack is None,
         )
     except (NotImplementedError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        # Mixtures of experts route by numbers, which the meta device has not got.
-        return MemoryChoice(fallback, None, None, None, room, f"not predicted for this model: {_first(error)}")
+        # Code that asks for numbers, which the meta device has not got.
+        reason = f"not predicted for this model: {_first(error)}"
+        return MemoryChoice(StepPlan(tokens, 0), None, None, None, found, collator, room, reason)
     reason = f"{prediction.total / 1e9:.2f} GB of {room / 1e9:.2f} GB"
-    return MemoryChoice(plan, model, prediction, found, room, reason)
+    return MemoryChoice(plan, model, asked, prediction, found, collator, room, reason)
 
 
 def guard_memory(trainer: LoraTrainer, memory: MemoryChoice, config: RunConfig, say: Say) -> None:
@@ -244,15 +271,18 @@ def guard_memory(trainer: LoraTrainer, memory: MemoryChoice, config: RunConfig, 
     if guard.plan.tokens > memory.plan.tokens:
         guard.plan = replace(guard.plan, tokens=memory.plan.tokens)
     found = memory.prediction
-    if found is None or memory.survey is None:
+    if not memory.survey.first_window:
+        guard.largest = memory.survey.largest
+    if found is None:
         say("memory", memory.reason)
         return
+    guard.tight = found.total / memory.room
     guard.said = guard.kept_below = found.total
     guard.held = found.process + found.fixed.base + found.fixed.adapter // 2
     asked = config.max_tokens_per_pack or MAX_TOKENS_PER_PACK
     guard.is_reduced = memory.plan.tokens < asked or (memory.plan.recompute > 0 and not config.gradient_checkpointing)
     allowed = "allowed by --memory_limit" if config.memory_limit else "free here"
-    told = f"largest step {memory.reason} {allowed}: {describe(found)}"
+    told = f"largest step{_of_what(memory)} {memory.reason} {allowed}: {describe(found)}"
     if guard.is_reduced:
         told += f"; planned smaller to fit: {memory.plan}"
     elif memory.plan.recompute:
@@ -275,6 +305,21 @@ def describe(found: Prediction) -> str:
         "logits and one layer's backward": found.part.working,
     }
     return ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
+
+
+def unpredicted(memory: MemoryChoice) -> list[str]:
+    """What a prediction leaves out, in words."""
+    said = ["evaluation, samples and saving, which take less than a step as a rule"]
+    if memory.survey.first_window:
+        said.insert(0, f"rows of the stream after the {memory.survey.num_laid_out} steps that were looked at")
+    if memory.model is not None and memory.model.is_moe:
+        said.insert(0, "which experts are met: all rows of a pack are counted, wherever the router sends them")
+    return said
+
+
+def _of_what(memory: MemoryChoice) -> str:
+    seen = memory.survey
+    return f" of the first {seen.num_laid_out} (of a stream no more is known)" if seen.first_window else ""
 
 
 def _size(count: int) -> str:

@@ -38,12 +38,16 @@ class MicroSteps:
 
         random: the state of the generators before the step, for when it is laid out anew. Raises TrainingError.
         """
-        trainer = self.trainer
-        options, together = trainer.options, trainer.in_lockstep
+        options, together = self.trainer.options, self.trainer.in_lockstep
         if options.self_check and options.tree and (batch.packs or together) and not self._checked:
             self._check_tree(model, batch)
+        return self.within_memory(model, batch, random)
+
+    def within_memory(self, model: nn.Module, batch: StepBatch, random: dict[str, Any]) -> tuple[float, float]:
+        """As `run`, without the check of the first step: the batch is laid out anew until it fits the memory."""
+        trainer = self.trainer
         model.train()
-        if together or not batch.rows:  # micro-steps of all ranks go together: one cannot lay its own out anew
+        if trainer.in_lockstep or not batch.rows:  # all ranks go together: one cannot lay its own out anew
             return self._backward(model, batch)
         collator: Any = trainer.data_collator
         batch = trainer.guard.fitting(batch, collator, model)

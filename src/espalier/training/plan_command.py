@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from rich.table import Table
 from espalier.config import RunConfig
 from espalier.errors import UsageError
 from espalier.model.hardware import choose_device, choose_dtype, device_memory, resident_bytes
-from espalier.training.memory_plan import MemoryChoice, plan_memory
+from espalier.training.memory_plan import MemoryChoice, plan_memory, unpredicted
 from espalier.training.prepare import Prepared, prepare
-from espalier.training.report import Header
+from espalier.training.report import Header, duration
 
 # What a step takes beside its products and attention: a guess with a wide bar, not a measurement.
 OVERHEAD, OVERHEAD_LOW, OVERHEAD_HIGH = 2.0, 1.4, 3.0
@@ -53,26 +51,21 @@ def plan(prepared: Prepared, *, device: str | None = None) -> dict[str, Any]:
             dtype = torch.bfloat16
     bits = {"nf4": 4, "int8": 8}.get(prepared.quantization or "", 16)
 
-    def choice(changed: RunConfig, bits: int = bits, room: int | None = room) -> MemoryChoice:
-        return plan_memory(
-            changed,
-            prepared.model_config,
-            prepared.train_rows,
-            device=kind,
-            dtype=dtype,
-            num_steps=prepared.max_steps,
-            bits=bits,
-            process=process,
-            room=room,
-        )
-
-    as_asked = choice(config, room=1 << 60)
-    if as_asked.prediction is None or as_asked.survey is None:
-        raise UsageError(as_asked.reason, todo="`espalier train` watches the memory of such a run as it goes on.")
-    fitting = choice(config)
-    assert fitting.prediction is not None
-    fits = as_asked.prediction.total <= fitting.room
-    asked, seen = as_asked.prediction, as_asked.survey
+    choice = plan_memory(
+        config,
+        prepared.model_config,
+        prepared.train_rows,
+        device=kind,
+        dtype=dtype,
+        num_steps=prepared.max_steps,
+        bits=bits,
+        process=process,
+        room=room,
+    )
+    asked, fitting, seen = choice.asked, choice.prediction, choice.survey
+    if asked is None or fitting is None:
+        raise UsageError(choice.reason, todo="`espalier train` watches the memory of such a run as it goes on.")
+    fits = asked.total <= choice.room
     return {
         "device": name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -86,46 +79,41 @@ def plan(prepared: Prepared, *, device: str | None = None) -> dict[str, Any]:
             "layer_backward": asked.part.layer_work,
             "peak": asked.total,
         },
-        "room": fitting.room,
+        "room": choice.room,
         "fits": fits,
         "largest_part_tokens": asked.part.tokens,
         "recomputed_layers": asked.part.recomputed,
         "train_will_use": {
-            "max_tokens_per_pack": min(fitting.plan.tokens, 1 << 31),
-            "recomputed_layers": fitting.plan.recompute,
-            "peak": fitting.prediction.total,
-            "fits": fitting.prediction.total <= fitting.room,
+            "max_tokens_per_pack": min(choice.plan.tokens, 1 << 31),
+            "recomputed_layers": choice.plan.recompute,
+            "peak": fitting.total,
+            "fits": fitting.total <= choice.room,
         },
         "changes": [] if fits else _changes(config, choice, bits),
+        "not_predicted": unpredicted(choice),
         "steps": prepared.max_steps,
         "unique_tokens_a_step": seen.unique_tokens / seen.num_laid_out,
         "logical_tokens_a_step": seen.logical_tokens / seen.num_laid_out,
         "laid_out_steps": seen.num_laid_out,
-        "seconds_a_step": None if device is not None or kind != "cpu" else _seconds(prepared, as_asked, dtype),
+        "seconds_a_step": None if device is not None or kind != "cpu" else _seconds(prepared, choice, dtype),
     }
 
 
-def _changes(config: RunConfig, choice: Callable[..., MemoryChoice], bits: int) -> list[dict[str, Any]]:
+def _changes(config: RunConfig, choice: MemoryChoice, bits: int) -> list[dict[str, Any]]:
     """Each change alone, with its predicted peak."""
-    tries: list[tuple[str, RunConfig, int]] = [
-        ("--gradient_checkpointing: all layers computed again", replace(config, gradient_checkpointing=True), bits)
-    ]
-    tries += [
-        (f"--max_tokens_per_pack {tokens}", replace(config, max_tokens_per_pack=tokens), bits)
-        for tokens in (2048, 1024, 512)
-    ]
+    assert choice.model is not None
+    layers = choice.model.num_layers
+    tries: list[tuple[str, dict[str, int]]] = []
+    if not config.gradient_checkpointing:
+        tries.append(("--gradient_checkpointing: all layers computed again", {"recompute": layers}))
+    if choice.survey.largest.packs:
+        tries += [(f"--max_tokens_per_pack {tokens}", {"tokens": tokens}) for tokens in (2048, 1024, 512)]
     if bits == 16 and not config.fp32 and not config.modules_to_save:
-        tries.append(("--load_in_4bit: NF4 base", config, 4))
-        both = replace(config, gradient_checkpointing=True, max_tokens_per_pack=1024)
-        tries.append(("--load_in_4bit --gradient_checkpointing --max_tokens_per_pack 1024", both, 4))
-    changes = []
-    for said, changed, width in tries:
-        made = choice(changed, bits=width, room=1 << 60)
-        fits = choice(config).room
-        if made.prediction is not None:
-            total = made.prediction.total
-            changes.append({"change": said, "peak": total, "fits": total <= fits})
-    return changes
+        tries.append(("--load_in_4bit: NF4 base", {"bits": 4}))
+        both = {"recompute": layers, "tokens": 1024, "bits": 4}
+        tries.append(("--load_in_4bit --gradient_checkpointing --max_tokens_per_pack 1024", both))
+    peaks = [(said, choice.changed(**changes)) for said, changes in tries]
+    return [{"change": said, "peak": peak, "fits": peak <= choice.room} for said, peak in peaks]
 
 
 def _seconds(prepared: Prepared, found: MemoryChoice, dtype: torch.dtype) -> dict[str, float]:
@@ -181,16 +169,17 @@ def _print(found: dict[str, Any], console: Console) -> None:
     )
     seconds = found["seconds_a_step"]
     if seconds:
-        whole = seconds["expected"] * found["steps"] / 3600
+        whole = duration(seconds["expected"] * found["steps"])
         console.print(
             f"about {seconds['expected']:.1f} s a step ({seconds['low']:.1f} to {seconds['high']:.1f}; products run at "
-            f"{seconds['gemm_gflops']:,.0f} GFLOP/s here, now), {found['steps']:,} steps: {whole:.1f} hours",
+            f"{seconds['gemm_gflops']:,.0f} GFLOP/s here, now), {found['steps']:,} steps: {whole}",
             soft_wrap=True,
         )
     verdict = "fits" if found["fits"] else "does not fit"
     console.print(
         f"{verdict}: {found['bytes']['peak'] / 1e9:.2f} GB of {found['room'] / 1e9:.2f} GB, {found['device']}"
     )
+    console.print(f"not predicted: {'; '.join(found['not_predicted'])}", soft_wrap=True)
     will = found["train_will_use"]
     if not found["fits"]:
         for change in found["changes"]:

@@ -124,7 +124,7 @@ class RunReporter(TrainerCallback):
             left = (time.perf_counter() - self.started) / max(1, done) * (state.max_steps - state.global_step)
             return (
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.3g}  "
-                f"{logs.get('supervised_tokens_per_second', 0):.0f} supervised tokens/s  {_duration(left)} left"
+                f"{logs.get('supervised_tokens_per_second', 0):.0f} supervised tokens/s  {duration(left)} left"
             )
         if "eval_loss" in logs:
             return (
@@ -141,7 +141,8 @@ def _step_of(line: str) -> int:
         return 1 << 62  # a line cut by a kill: dropped
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03; without hours 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -178,6 +178,7 @@ def quiet_libraries() -> Iterator[None]:
 
 def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ranks) -> RunResult:
     from espalier.training.faults import Interrupted, stop_on_signals
+    from espalier.training.largest_step import LargestStep
     from espalier.training.memory_guard import MemoryWatch
     from espalier.training.rehearsal import Rehearsal
     from espalier.training.report import METRICS, LeftOutLog, RunReporter
@@ -211,6 +212,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, say: Any, ranks: Ra
         trainer.add_callback(samples)
     trainer.add_callback(Rehearsal(trainer, samples))
     trainer.add_callback(MemoryWatch(trainer.guard))
+    trainer.add_callback(LargestStep(trainer))
     started = time.perf_counter()
     try:
         with stop_on_signals(trainer):
@@ -329,7 +331,7 @@ def build_trainer(prepared: Prepared, say: Any, ranks: Ranks | None = None) -> L
 
 def _with_adapter(base: Any, prepared: Prepared, say: Any) -> Any:
     from espalier.model.load_adapter import load_adapter
-    from espalier.model.lora import add_adapter, describe_adapter, lora_config
+    from espalier.model.lora import add_adapter, describe_adapter, run_lora_config
 
     config = prepared.config
     if config.continue_training:
@@ -337,17 +339,7 @@ def _with_adapter(base: Any, prepared: Prepared, say: Any) -> Any:
         model = load_adapter(base, config.checkpoint, is_trainable=True)
         say("adapter", f"goes on from {config.checkpoint}")
     else:
-        settings = lora_config(
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-            layers_to_transform=config.layers_to_transform,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            init_lora_weights=config.init_lora_weights,
-            modules_to_save=config.modules_to_save,
-        )
+        settings = run_lora_config(config)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # said below in our words
             model = add_adapter(base, settings)
