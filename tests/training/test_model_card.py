@@ -266,6 +266,9 @@ def test_options_hold_no_path_and_no_secret() -> None:
         "input_sentence": "/ or \\",
         "hub_token": "secret",
         "deepspeed": "/home/me/ds.json",
+        "fsdp_config": "/home/me/fsdp.json",
+        "probe_prompts": "/home/me/probes.txt",
+        "torchdynamo": "/home/me/x",
         "min_shared_tokens": 16,
         "target_modules": ["q_proj"],
     }
@@ -275,6 +278,9 @@ def test_options_hold_no_path_and_no_secret() -> None:
         "template": "t.jinja",
         "input_sentence": "/ or \\",
         "deepspeed": "ds.json",
+        "fsdp_config": "fsdp.json",
+        "probe_prompts": "probes.txt",
+        "torchdynamo": "x",
         "min_shared_tokens": 16,
         "target_modules": ["q_proj"],
     }

@@ -164,10 +164,10 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_named(
 ) -> None:
     save = CheckpointKeeper.save
 
-    def save_but_the_best(self: CheckpointKeeper, trainer: Any, **options: Any) -> Path:
+    def save_but_the_best(self: CheckpointKeeper, trainer: Any, *state: Any) -> Path:
         if trainer.state.global_step == trainer.state.best_global_step:
             raise RunFolderError("no room", where=str(self.folder))
-        return save(self, trainer, **options)
+        return save(self, trainer, *state)
 
     monkeypatch.setattr(CheckpointKeeper, "save", save_but_the_best)
     _, said = run(

@@ -28,7 +28,16 @@ MARK = (
     "<!-- Written by espalier from the run's files; a resumed run writes it again. Take this line out to keep it. -->"
 )
 REASONS = 10  # kinds of left-out rows that are listed
-PATHS = ("dataset_path", "eval_dataset_path", "model_path", "template", "checkpoint")
+PATHS = (
+    "dataset_path",
+    "eval_dataset_path",
+    "model_path",
+    "template",
+    "checkpoint",
+    "fsdp_config",
+    "deepspeed",
+    "probe_prompts",
+)
 NOT_SHOWN = ("output_dir", "resume_from_checkpoint", "report_to", "run_name", "logging_dir")
 PACKAGES = ("torch", "transformers", "peft")
 
