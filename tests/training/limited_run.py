@@ -133,7 +133,10 @@ def main(folder: Path) -> None:
     found = {"plain": plain, "planned": one_run(folder, "planned", memory_limit=limit)}
     kept = plain["forward"] - plain["held"]  # most that is mapped after a forward
     found["forward"] = one_run(folder, "forward", room=int(0.6 * kept))
-    found["backward"] = one_run(folder, "backward", room=int(1.2 * kept), try_largest=False)
+    for percent in range(125, 95, -5):  # how much the backward takes on top differs from machine to machine
+        found["backward"] = one_run(folder, f"backward-{percent}", room=kept * percent // 100, try_largest=False)
+        if found["backward"]["failed_in"][:1] == ["backward"]:
+            break
     shutil.copytree(folder / "forward", folder / "resumed")
     plans = found["forward"]["plans"]
     stop = 1 + plans.index(plans[-1])  # memory is what it is: the step after which the plan stayed as it was
